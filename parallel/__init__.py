@@ -1,0 +1,1 @@
+"""Layouts, process groups, context parallelism and checkpoints: everything that knows about ranks."""

@@ -1,0 +1,67 @@
+"""Packaging: four plain top-level packages, and the one build step that calls nvcc.
+
+The metadata is in pyproject.toml; here is only what needs code. The kernels are compiled by kernels_cuda/build.py,
+with nvcc and the LibTorch stable ABI, so torch's own CUDAExtension (which needs a CUDA build of torch) is not used.
+`M1_BUILD_KERNELS` is the build switch: `0` never compiles, `1` compiles or fails, unset compiles into a wheel where
+nvcc is found and never into an editable install (there the kernels are built on first use).
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("kernels_cuda", "parallel", "megatron_m1", "data_pipeline")
+SWITCH = os.environ.get("M1_BUILD_KERNELS", "auto")
+EDITABLE = "editable_wheel" in sys.argv or "develop" in sys.argv
+
+
+def wants_kernels() -> bool:
+    """Whether this build compiles the CUDA kernels; says once why not."""
+    if SWITCH not in ("auto", "0", "1"):
+        raise SystemExit(f"M1_BUILD_KERNELS={SWITCH!r} is not a build switch: set it to 0, 1 or auto")
+    if SWITCH == "1":
+        return True
+    if SWITCH == "auto" and not EDITABLE and shutil.which("nvcc") is None:
+        print("megatron-m1: nvcc is not on PATH, so this wheel holds no CUDA kernels (the CPU path is complete)")
+        return False
+    return SWITCH == "auto" and not EDITABLE
+
+
+class BuildKernels(build_ext):
+    """Compiles the kernel library with kernels_cuda/build.py and puts it beside the package's Python files."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Loaded by path: under a PEP 517 build the checkout is not on sys.path.
+        spec = importlib.util.spec_from_file_location("m1_kernel_build", ROOT / "kernels_cuda" / "build.py")
+        assert spec is not None and spec.loader is not None, spec
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        module.build_library(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+
+
+class StableAbiWheel(bdist_wheel):
+    """The kernel library uses no Python symbol, so its wheel is tied to the platform and not to a Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+setup(
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_dir={"": "."},
+    package_data={
+        "kernels_cuda": ["**/*.cu", "**/*.cuh", "**/*.h", "**/*.cpp"],
+        "megatron_m1": ["presets/*.yaml"],
+    },
+    ext_modules=[Extension("kernels_cuda.library", sources=[])] if wants_kernels() else [],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": StableAbiWheel},
+)
