@@ -1,0 +1,81 @@
+"""The only creator of process groups: a `Layout` becomes megatron-core's groups, handed on as one object.
+
+Nobody else names `megatron.core.parallel_state`; megatron-core itself still reads that global in places, so it is
+initialised here once per process and must describe the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Every process group of this rank, with the layout they were made from."""
+
+    layout: Layout
+    collection: ProcessGroupCollection
+    """megatron-core's bundle: tp, pp, dp, cp, ep, expt_tp, expt_dp and their products."""
+    device: torch.device
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """This rank's place on every axis."""
+        return self.layout.coordinates(dist.get_rank())
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding (chunk 0 of the first pipeline rank)."""
+        return self.coordinates["pp"] == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head (last chunk of the last pipeline rank)."""
+        return self.coordinates["pp"] == self.layout.pp - 1
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Whether this rank is the tp=0, cp=0 one of its data-parallel share: counts each sample once."""
+        place = self.coordinates
+        return place["tp"] == 0 and place["cp"] == 0
+
+
+def create_groups(layout: Layout, device: torch.device, *, timeout_s: float = 1800.0) -> Groups:
+    """Create all process groups of `layout`; the default group must exist and have its size.
+
+    Raises:
+        ValueError: the default group's size is not the layout's.
+    """
+    world_size = dist.get_world_size()
+    if world_size != layout.world_size:
+        raise ValueError(
+            f"world size {world_size} but the layout tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={layout.dp} "
+            f"needs {layout.world_size} ranks: start {layout.world_size} processes, or change layout.dp"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        # None would make the experts inherit tp: the folding of the two layouts must be explicit
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    return Groups(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def destroy_groups() -> None:
+    """Drop every group created here, so that another layout can follow in the same processes."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()

@@ -1,0 +1,156 @@
+"""How this process was started: torchrun, srun, or alone. The only reader of environment variables.
+
+Gives rank, world size, device and backend, and starts local ranks when a layout needs more than one process and
+no launcher has been used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Place of this process in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+    """"torchrun" (also our own local ranks), "srun", or "single"."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank: its GPU when CUDA is present, the CPU otherwise."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    @property
+    def backend(self) -> str:
+        """Process group backend that fits the device."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def read_environment(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Find out who started this process.
+
+    torchrun's variables win over Slurm's, because a torchrun inside an allocation sees both; Slurm's count only
+    inside a step that srun started (SLURM_STEP_ID), because a bare `m1` in a batch script sees SLURM_PROCID=0 too.
+
+    Raises:
+        ValueError: a launcher's variable is present but is not a number.
+    """
+    names = {
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    }
+    for launcher, variables in names.items():
+        if variables[0] not in environment or (launcher == "srun" and "SLURM_STEP_ID" not in environment):
+            continue
+        values = [_whole_number(name, environment.get(name, "missing")) for name in variables]
+        return Launch(rank=values[0], world_size=values[1], local_rank=values[2], launcher=launcher)
+    return Launch(rank=0, world_size=1, local_rank=0, launcher="single")
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(
+            f"environment variable {name}={text!r} is not a whole number: torchrun and srun set it to 0 or more; "
+            "start through one of them, or unset it to run alone"
+        )
+    return int(text)
+
+
+def connect(launch: Launch, *, timeout_s: float = 1800.0) -> None:
+    """Join the job's default process group and bind this process to its device.
+
+    Raises:
+        ValueError: several ranks, but no rendezvous address in the environment.
+    """
+    if launch.device.type == "cuda":
+        torch.cuda.set_device(launch.device)
+    if launch.world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"world size {launch.world_size} but MASTER_ADDR is not set: every rank needs the address of rank 0; "
+            "export MASTER_ADDR and MASTER_PORT, or start with torchrun or `m1 launch slurm`"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    torch.distributed.init_process_group(
+        launch.backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float = 60.0) -> int:
+    """Run `python -m megatron_m1 ARGUMENTS` once per rank on this machine; the exit code of the job.
+
+    The first rank that fails ends the others (TERM, then KILL after `grace_s`), so no rank waits in a
+    collective for a peer that is gone. SIGTERM and SIGUSR1 to this process are passed on to every rank.
+    """
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if not torch.cuda.is_available():
+        cores = os.cpu_count() or 1
+        shared |= {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "megatron_m1", *arguments]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world_size)
+    ]
+
+    def pass_on(number: int, _frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _wait_for_all(ranks, grace_s)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        _end(ranks, grace_s)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_all(ranks: list[subprocess.Popen], grace_s: float) -> int:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [code for code in codes if code not in (None, 0)]
+        if failed:
+            _end(ranks, grace_s)
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(ranks: list[subprocess.Popen], grace_s: float) -> None:
+    running = [process for process in ranks if process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

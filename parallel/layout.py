@@ -1,0 +1,157 @@
+"""The rank grid: sizes of every parallel axis, the rules between them, rank <-> coordinates. Pure arithmetic.
+
+No process and no tensor lives here; `parallel/groups.py` turns a `Layout` into process groups. The dense part of
+the model and its experts share the pipeline axis and are otherwise laid out independently (parallel folding):
+world = tp * cp * dp * pp = etp * ep * edp * pp.
+Source: MiniMax-01 (arXiv 2501.08313), section 3.1; rank order as in megatron-core (tp fastest, pp slowest).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Sizes of the parallel axes. `dp` is what is left of the world unless it is given."""
+
+    tp: int = 1
+    """Tensor parallel size: heads, channels and vocabulary are split over it."""
+    pp: int = 1
+    """Pipeline parallel size: layers are split over it."""
+    vpp: int = 1
+    """Model chunks per pipeline rank (interleaved 1F1B); 1 is plain 1F1B."""
+    cp: int = 1
+    """Context parallel size: tokens of a sequence are split over it."""
+    ep: int = 1
+    """Expert parallel size: experts are split over it."""
+    etp: int = 1
+    """Expert tensor parallel size: the channels of one expert are split over it."""
+    dp: int = 1
+    """Data parallel size of the dense part: whole samples are split over it."""
+    sequence_parallel: bool = True
+    """Keep activations outside the linear layers split over tp (no effect at tp=1)."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "sequence_parallel" and value < 1:
+                raise ValueError(
+                    f"layout.{field.name}={value} is not a size: it must be 1 or more; "
+                    "set it to 1 to switch that axis off"
+                )
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(
+                f"layout.vpp={self.vpp} with layout.pp=1: model chunks interleave pipeline ranks, "
+                "so vpp > 1 needs pp >= 2; set layout.vpp=1 or raise layout.pp"
+            )
+        dense = self.tp * self.cp * self.dp
+        if dense % (self.ep * self.etp):
+            raise ValueError(
+                f"layout.ep={self.ep} x layout.etp={self.etp} does not divide tp*cp*dp={dense}: the experts of a "
+                f"pipeline stage live on its {dense} ranks, so ep*etp must be one of {divisors(dense)}; "
+                "change layout.ep, layout.etp or layout.dp"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def edp(self) -> int:
+        """Data parallel size of the experts: ranks that hold the same expert shard."""
+        return self.tp * self.cp * self.dp // (self.ep * self.etp)
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether activations between the linear layers are split over tp."""
+        return self.sequence_parallel and self.tp > 1
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Place of one rank on every axis, dense (tp cp dp pp) and expert (etp ep edp).
+
+        Raises:
+            ValueError: rank outside 0..world_size-1.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ValueError(
+                f"rank={rank} is outside this layout of {self.world_size} ranks: allowed are "
+                f"0..{self.world_size - 1}; start exactly {self.world_size} processes"
+            )
+        stage_ranks = self.world_size // self.pp
+        within = rank % stage_ranks
+        return {
+            "tp": within % self.tp,
+            "cp": within // self.tp % self.cp,
+            "dp": within // (self.tp * self.cp),
+            "pp": rank // stage_ranks,
+            "etp": within % self.etp,
+            "ep": within // self.etp % self.ep,
+            "edp": within // (self.etp * self.ep),
+        }
+
+    def fit_to_world(self, world_size: int) -> Layout:
+        """The same layout with dp grown to fill `world_size` ranks.
+
+        Raises:
+            ValueError: the other axes do not divide world_size.
+        """
+        fixed = self.tp * self.cp * self.pp
+        if world_size % fixed:
+            raise ValueError(
+                f"world size {world_size} is not a multiple of tp*cp*pp={fixed}: start a multiple of {fixed} "
+                "processes, or choose layout.tp, layout.cp, layout.pp whose product divides it"
+            )
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Layout(**(sizes | {"dp": world_size // fixed}))
+
+    def check_model(self, *, num_layers: int, num_heads: int, num_kv_heads: int, num_experts: int) -> None:
+        """Refuse a model that this layout cannot split, naming the sizes that would work.
+
+        Raises:
+            ValueError: with the offending pair, the legal sizes and what to change.
+        """
+        rules = (
+            ("pp*vpp", self.pp * self.vpp, "layers", num_layers),
+            ("tp", self.tp, "attention heads", num_heads),
+            ("tp", self.tp, "key/value heads", num_kv_heads),
+            ("ep", self.ep, "experts", num_experts),
+        )
+        for name, size, what, count in rules:
+            if count % size:
+                raise ValueError(
+                    f"layout.{name}={size} does not divide the model's {count} {what}: "
+                    f"choose {name} from {divisors(count)}"
+                )
+
+    def check_batch(self, *, global_batch: int, micro_batch: int, sequence_length: int) -> int:
+        """Number of microbatches each rank runs per step for a global batch in samples.
+
+        Raises:
+            ValueError: the batch does not divide over dp, or the sequence over tp and cp.
+        """
+        per_pass = micro_batch * self.dp
+        if global_batch % per_pass:
+            raise ValueError(
+                f"global batch of {global_batch} samples is not a multiple of micro_batch_size*dp={per_pass}: "
+                f"choose a multiple of {per_pass}, or change training.micro_batch_size or layout.dp"
+            )
+        shares = self.cp * (self.tp if self.tp > 1 else 1)
+        if micro_batch * sequence_length % shares:
+            raise ValueError(
+                f"sequence_length={sequence_length} x micro_batch_size={micro_batch} does not split over "
+                f"cp*tp={shares}: choose a sequence length that is a multiple of {shares}"
+            )
+        microbatches = global_batch // per_pass
+        if self.vpp > 1 and microbatches % self.pp:
+            raise ValueError(
+                f"{microbatches} microbatches per step with layout.vpp={self.vpp}: interleaving needs a multiple of "
+                f"pp={self.pp}; choose a global batch that is a multiple of {per_pass * self.pp} samples"
+            )
+        return microbatches
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
