@@ -1,0 +1,161 @@
+"""The ops m1::lightning_attention and m1::lightning_decode: checks, schemas, fake kernels, autograd, dispatch.
+
+Backward is the forward operator on permuted operands, so it runs on the same kernels. With
+LA+(a, b, c; X)_i = sum_{j<=i} lambda^(i-j) (a_i . b_j) c_j + lambda^(i+1) X^T a_i and LA- on reversed time:
+    dq = LA+(dO, v, k; S_in^T)   dk = LA-(v, dO, q; G^T/lambda)   dv = LA-(k, q, dO; G/lambda) -> R, dS_in = lambda R
+where G is the gradient of state_out. Source: MiniMax-01 (arXiv 2501.08313) section 2.2, differentiated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels_cuda.lightning import check
+from kernels_cuda.lightning.chunked import lightning_scan, state_dtype_for
+
+torch.library.define(
+    "m1::lightning_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor? state_in=None, Tensor? cu_seqlens=None, "
+    "bool reverse=False, float scale=1.0, bool output_state=True) -> (Tensor o, Tensor state_out)",
+)
+torch.library.define(
+    "m1::lightning_decode",
+    "(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor(a!) state, float scale=1.0) -> Tensor o",
+)
+
+
+def lightning_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state_in: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    output_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S_t = exp(-slope) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t, per head and per packed document.
+
+    q, k: [T, H, K], v: [T, H, V], one of bf16, fp16, fp32, fp64, any strides with a contiguous last dim.
+    slopes: fp32 [H], >= 0, no gradient. state_in: fp32 (fp64 for fp64 operands) [N, H, K, V] or None for zeros.
+    cu_seqlens: int32 [N + 1] ascending from 0 to T, None for one document; do not change it in place between
+    forward and backward. reverse: time runs backwards. output_state False saves the state's memory: state_out is
+    then [0, H, K, V] and carries no gradient.
+    Returns o [T, H, V] in the dtype of q and state_out [N, H, K, V]; differentiable in q, k, v and state_in.
+    Raises: ValueError naming the argument, before any launch.
+    """
+    return torch.ops.m1.lightning_attention(
+        q, k, v, slopes, state_in, cu_seqlens, reverse, scale, output_state
+    )
+
+
+def lightning_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state: torch.Tensor,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """One token of each of B sequences: updates state in place, then reads it. No gradient.
+
+    q, k: [B, H, K], v: [B, H, V]; state: fp32 (fp64 for fp64 operands) [B, H, K, V]. Returns o [B, H, V].
+    """
+    return torch.ops.m1.lightning_decode(q, k, v, slopes, state, scale)
+
+
+def _check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
+    """Everything that needs no values; returns the number of documents."""
+    check.check_operands(q, k, v, "[T, H, head_dim]")
+    check.check_slopes_shape(slopes, q.shape[1])
+    check.check_borders_shape(cu_seqlens)
+    num_documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    state_shape = (num_documents, q.shape[1], q.shape[2], v.shape[2])
+    check.check_state("state_in", state_in, q, state_shape, state_dtype_for(q.dtype))
+    return num_documents
+
+
+@torch.library.impl("m1::lightning_attention", "CompositeExplicitAutograd")
+def _lightning_attention(
+    q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
+):
+    _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
+    check.check_scale(scale)
+    check.check_slopes_values(slopes)
+    borders = check.checked_borders(cu_seqlens, q.shape[0])
+    return lightning_scan(q, k, v, slopes, state_in, borders, reverse, scale, output_state)
+
+
+@torch.library.register_fake("m1::lightning_attention")
+def _lightning_attention_fake(
+    q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
+):
+    num_documents = _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
+    state_shape = (num_documents if output_state else 0, q.shape[1], q.shape[2], v.shape[2])
+    return q.new_empty(v.shape), q.new_empty(state_shape, dtype=state_dtype_for(q.dtype))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, slopes, state_in, cu_seqlens, ctx.reverse, ctx.scale, ctx.output_state = inputs
+    ctx.save_for_backward(q, k, v, slopes, state_in, cu_seqlens)
+    ctx.set_materialize_grads(False)
+    if not ctx.output_state:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_o: torch.Tensor | None, grad_state: torch.Tensor | None):
+    q, k, v, slopes, state_in, cu_seqlens = ctx.saved_tensors
+    needs_q, needs_k, needs_v, _, needs_state = ctx.needs_input_grad[:5]
+    # Autograd hands over expanded gradients (of a sum, say); the kernels read rows.
+    grad_o = q.new_zeros(v.shape) if grad_o is None else grad_o.contiguous()
+    later_state = None
+    if ctx.output_state and grad_state is not None:
+        growth_1H11 = torch.exp(slopes.to(grad_state.dtype))[None, :, None, None]
+        later_state = grad_state * growth_1H11 / ctx.scale
+    grad_q = grad_k = grad_v = grad_state_in = None
+    same, other = ctx.reverse, not ctx.reverse
+    if needs_q:
+        earlier_state = None if state_in is None else state_in.transpose(2, 3)
+        grad_q, _ = lightning_attention(
+            grad_o, v, k, slopes, earlier_state, cu_seqlens, same, ctx.scale, output_state=False
+        )
+    if needs_k:
+        transposed = None if later_state is None else later_state.transpose(2, 3)
+        grad_k, _ = lightning_attention(
+            v, grad_o, q, slopes, transposed, cu_seqlens, other, ctx.scale, output_state=False
+        )
+    if needs_v or needs_state:
+        grad_v, last_state = lightning_attention(
+            k, q, grad_o, slopes, later_state, cu_seqlens, other, ctx.scale, output_state=needs_state
+        )
+        if needs_state:
+            decay_1H11 = torch.exp(-slopes.to(last_state.dtype))[None, :, None, None]
+            grad_state_in = ctx.scale * decay_1H11 * last_state
+    return grad_q, grad_k, grad_v, None, grad_state_in, None, None, None, None
+
+
+torch.library.register_autograd("m1::lightning_attention", _backward, setup_context=_setup_context)
+
+
+def _check_decode_shapes(q, k, v, slopes, state) -> None:
+    check.check_operands(q, k, v, "[B, H, head_dim]")
+    check.check_slopes_shape(slopes, q.shape[1])
+    state_shape = (*q.shape, v.shape[2])
+    check.check_state("state", state, q, state_shape, state_dtype_for(q.dtype))
+
+
+@torch.library.impl("m1::lightning_decode", "CompositeExplicitAutograd")
+def _lightning_decode(q, k, v, slopes, state, scale=1.0):
+    _check_decode_shapes(q, k, v, slopes, state)
+    check.check_slopes_values(slopes)
+    state.mul_(torch.exp(-slopes.to(state.dtype))[:, None, None])
+    state.addcmul_(k.to(state.dtype)[..., :, None], v.to(state.dtype)[..., None, :])
+    o_BHV = torch.matmul(q.to(state.dtype)[..., None, :], state).squeeze(-2)
+    return (scale * o_BHV).to(q.dtype)
+
+
+@torch.library.register_fake("m1::lightning_decode")
+def _lightning_decode_fake(q, k, v, slopes, state, scale=1.0):
+    _check_decode_shapes(q, k, v, slopes, state)
+    return q.new_empty(v.shape)
