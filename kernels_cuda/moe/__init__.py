@@ -1,0 +1,1 @@
+"""Mixture-of-experts operators: routing, stable permutation, and the grouped SwiGLU MLP."""
