@@ -10,7 +10,7 @@ SHELL := bash
 PINNED_BY := .ci/constraints.txt pyproject.toml setup.py
 STAMP := .venv/.installed-$(shell cat $(PINNED_BY) | sha256sum | cut -c1-16)
 PYTHON := .venv/bin/python
-PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --constraint .ci/constraints.txt
 BENCHES := $(wildcard tests/bench/*.py)
 # Ranks are processes: one thread each, or they fight for the cores.
 export OMP_NUM_THREADS ?= 1

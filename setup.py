@@ -1,9 +1,10 @@
 """Packaging: four plain top-level packages, and the one build step that calls nvcc.
 
-The metadata is in pyproject.toml; here is only what needs code. The kernels are compiled by kernels_cuda/build.py,
-with nvcc and the LibTorch stable ABI, so torch's own CUDAExtension (which needs a CUDA build of torch) is not used.
-`M1_BUILD_KERNELS` is the build switch: `0` never compiles, `1` compiles or fails, unset compiles into a wheel where
-nvcc is found and never into an editable install (there the kernels are built on first use).
+The metadata is in pyproject.toml; here is only what needs code. The kernels are compiled by
+kernels_cuda/build.py with nvcc and the LibTorch stable ABI; torch's own CUDAExtension is not used, it needs a
+CUDA build of torch. `M1_BUILD_KERNELS` is the build switch: `0` never compiles, `1` compiles or fails; unset
+compiles into a wheel where nvcc is found, and never into an editable install (there the kernels are built on
+first use).
 """
 
 import importlib.util
@@ -29,13 +30,13 @@ def wants_kernels() -> bool:
     if SWITCH == "1":
         return True
     if SWITCH == "auto" and not EDITABLE and shutil.which("nvcc") is None:
-        print("megatron-m1: nvcc is not on PATH, so this wheel holds no CUDA kernels (the CPU path is complete)")
+        print("megatron-m1: nvcc is not on PATH, so no CUDA kernels are built (the CPU path is complete)")
         return False
     return SWITCH == "auto" and not EDITABLE
 
 
 class BuildKernels(build_ext):
-    """Compiles the kernel library with kernels_cuda/build.py and puts it beside the package's Python files."""
+    """Compiles the kernel library with kernels_cuda/build.py, beside the package's Python files."""
 
     def build_extension(self, ext: Extension) -> None:
         # Loaded by path: under a PEP 517 build the checkout is not on sys.path.
@@ -48,7 +49,7 @@ class BuildKernels(build_ext):
 
 
 class StableAbiWheel(bdist_wheel):
-    """The kernel library uses no Python symbol, so its wheel is tied to the platform and not to a Python version."""
+    """The kernel library uses no Python symbol, so its wheel is tied to the platform only."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()

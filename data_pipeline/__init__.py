@@ -1,1 +1,1 @@
-"""From text to packed samples: shards, tokenizer, mixing, packing and loaders; knows ranks only as integers."""
+"""From text to packed samples: shards, tokenizer, mixing, packing, loaders. Ranks are two integers here."""

@@ -1,0 +1,196 @@
+"""The typed run file: which sections a run has, how presets, file and overrides become one `RunConfig`,
+cross-checks.
+
+Each section is a frozen dataclass beside the code it configures and checks itself; whatever needs two
+sections is checked here, in `check_across_sections`. How YAML is read is megatron_m1/runfile.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint import CheckpointConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.config import DataConfig
+from megatron_m1 import runfile
+from megatron_m1.model.config import ModelConfig
+from megatron_m1.training.loop import TrainingConfig
+from megatron_m1.training.optimizer import OptimizerConfig
+from megatron_m1.training.schedule import ScheduleConfig
+from megatron_m1.training.tracking import TrackingConfig
+from parallel.layout import Layout
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class RunConfig(BaseModel):
+    """Everything a run is made of. Built by `load_run`; immutable, and legal as a whole once it exists."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run in logs, MLflow and the default run directory."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of initial weights, data order and every other random choice."""
+    run_dir: Path = Path("runs/run")
+    """Where checkpoints, metrics and the resolved run file go; `runs/<name>` unless it is given."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """Shape of the model."""
+    layout: Layout = Field(default_factory=Layout)
+    """Sizes of the parallel axes."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Where samples come from and how they are mixed."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Steps, sequence length, microbatch, precision, recompute, evaluation."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW and gradient clipping."""
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    """Learning rate and global batch over tokens."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """When checkpoints are saved and which are kept."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Where metrics are sent besides the run directory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        check_across_sections(self)
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainedValue:
+    """One value of a resolved run file and where it comes from."""
+
+    path: str
+    """Dotted path, `section.field`."""
+    value: Any
+    """The value, as YAML holds it."""
+    origin: str
+    """`default`, `preset NAME`, `file PATH` or `override`."""
+
+
+def check_across_sections(config: RunConfig) -> None:
+    """Every rule that needs more than one section.
+
+    Raises:
+        ValueError: the first rule that does not hold, with the legal values.
+    """
+    model, layout, training = config.model, config.layout, config.training
+    layout.check_model(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        num_experts=model.num_experts,
+    )
+
+
+def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a preset name or a YAML file describes, with `section.field=value` overrides on top.
+
+    Raises:
+        ValueError: no such preset or file, an unknown key, a value of the wrong type, or a broken rule.
+    """
+    return _resolve(_layers(name_or_path, overrides))
+
+
+def explain(name_or_path: str | Path, overrides: Sequence[str] = ()) -> list[ExplainedValue]:
+    """Every value of the resolved run with its origin, in the order of the run file.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    layers = _layers(name_or_path, overrides)
+    config = _resolve(layers)
+    given = [(origin, [path for path, _ in runfile.leaves(values)]) for origin, values in layers]
+
+    def origin_of(path: str) -> str:
+        for origin, paths in reversed(given):
+            if any(path == given_path or path.startswith(f"{given_path}.") for given_path in paths):
+                return origin
+        return "default"
+
+    return [
+        ExplainedValue(path=path, value=value, origin=origin_of(path))
+        for path, value in runfile.leaves(config.model_dump(mode="json"))
+    ]
+
+
+def dump_run(config: RunConfig) -> str:
+    """The resolved run file: YAML with every value written out; `load_run` of it gives the same config."""
+    return runfile.dump(config.model_dump(mode="json"))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _layers(name_or_path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(origin, values) from the lowest layer to the highest, every key known."""
+    layers = list(_file_layers(name_or_path))
+    for text in overrides:
+        path, value = runfile.parse_override(text)
+        layers.append(("override", runfile.nest(path, value)))
+    for origin, values in layers:
+        runfile.refuse_unknown_keys(RunConfig, values, source=origin)
+    return layers
+
+
+def _file_layers(
+    name_or_path: str | Path, seen: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The layers of one run file: first those of the preset it names, then its own."""
+    path, origin = _locate(name_or_path)
+    if path in seen:
+        chain = " -> ".join(step.name for step in (*seen, path))
+        raise ValueError(
+            f"{origin} builds on itself ({chain}): a preset must end somewhere; remove one 'preset' key"
+        )
+    values = runfile.parse(path.read_text(encoding="utf-8"), source=origin) or {}
+    if isinstance(values, dict) and "preset" in values:
+        yield from _file_layers(str(values.pop("preset")), (*seen, path))
+    yield origin, values
+
+
+def _locate(name_or_path: str | Path) -> tuple[Path, str]:
+    """Path and origin text of a preset name or a run file."""
+    text = str(name_or_path)
+    if text in preset_names():
+        return PRESETS / f"{text}.yaml", f"preset {text}"
+    path = Path(text)
+    if path.is_file():
+        return path.resolve(), f"file {text}"
+    near = difflib.get_close_matches(text, preset_names(), n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ValueError(
+        f"run '{text}' is neither a preset nor a file: {hint}Presets are {', '.join(preset_names())}; "
+        "name one of them or the path of a YAML run file"
+    )
+
+
+def _resolve(layers: Sequence[tuple[str, dict[str, Any]]]) -> RunConfig:
+    """One config out of all layers; types are strict, so that a string never passes as a number."""
+    values: dict[str, Any] = {}
+    for _, upper in layers:
+        values = runfile.merge(values, upper)
+    values.setdefault("run_dir", f"runs/{values.get('name', 'run')}")
+    try:
+        # JSON mode, because there strict types still let a list fill a tuple and a string fill a path.
+        return RunConfig.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def _sentence(detail: Any) -> str:
+    """One pydantic error as one sentence of ours."""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError):
+        return str(cause)
+    path = ".".join(str(part) for part in detail["loc"])
+    return f"{path}={detail['input']!r} is not legal: {detail['msg']}; correct {path}"
