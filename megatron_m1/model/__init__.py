@@ -1,0 +1,1 @@
+"""The network: layers, their numerics, and how megatron-core assembles them."""
