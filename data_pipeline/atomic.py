@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all: write under a temporary name, flush to the disk, rename.
+
+Also the content hash by which a finished file is recognised. Nothing here knows what the files hold.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+"""What a file under construction is called; a killed run leaves at most files with this ending."""
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name under which `path` is written."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def publish(path: Path) -> None:
+    """Rename the flushed temporary file of `path` to `path` and flush the directory entry."""
+    os.replace(partial_path(path), path)
+    flush_directory(path.parent)
+
+
+def flush_directory(directory: Path) -> None:
+    """Make renames and removals in `directory` survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    with open(partial_path(path), "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    publish(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
