@@ -1,0 +1,144 @@
+"""A loader that reads the samples of coming steps in one background thread.
+
+Which samples a step needs is the caller's plan; the loader has no state of its own to save. Also the hash
+by which two runs compare what they read.
+"""
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from data_pipeline.pack import PackedSample
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Dataset(Protocol):
+    """What the loader reads: random access by global sample number."""
+
+    def __getitem__(self, sample: int) -> PackedSample: ...
+
+
+class _Failure:
+    """What went wrong, kept until the consumer reaches that step."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _PlanEnd:
+    """The plan has no further steps."""
+
+
+class ThreadLoader:
+    """Yields, step by step, the samples a plan asks for, read up to `depth` steps ahead.
+
+    An error while reading is raised by `next` for the step it belongs to, after every earlier step was
+    delivered. Close it when done, or use it as a context manager.
+    """
+
+    def __init__(self, dataset: Dataset, plan: Iterator[Sequence[int]], depth: int) -> None:
+        """`plan` gives the global sample numbers of each step; `depth` >= 1 bounds the steps held ready."""
+        if depth < 1:
+            raise ValueError(
+                f"depth={depth} holds no step: it is at least 1; set data.prefetch_steps to 1 or more"
+            )
+        self._dataset = dataset
+        self._plan = plan
+        self._depth = depth
+        self._ready: deque[list[PackedSample] | _Failure | _PlanEnd] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._fill, name="data-loader", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        """Read steps until the plan ends, a step fails or the loader is closed (runs in the thread)."""
+        step = 0
+        while True:
+            item = self._read_step(step)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                if self._closed:
+                    return
+                self._ready.append(item)
+                self._changed.notify_all()
+            if not isinstance(item, list):
+                return
+            step += 1
+
+    def _read_step(self, step: int) -> list[PackedSample] | _Failure | _PlanEnd:
+        sample: int | None = None
+        try:
+            sample_ids = next(self._plan, None)
+            if sample_ids is None:
+                return _PlanEnd()
+            samples = []
+            for sample in sample_ids:
+                samples.append(self._dataset[int(sample)])
+            return samples
+        # Whatever it is, it must reach the consumer: a thread that dies silently would be a hang.
+        except Exception as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            failure = kind(f"data loader, step {step} of this loader, sample {sample}: {error}")
+            failure.__cause__ = error
+            return _Failure(failure)
+
+    def __iter__(self) -> Iterator[list[PackedSample]]:
+        return self
+
+    def __next__(self) -> list[PackedSample]:
+        """The samples of the next step, in the order of the plan.
+
+        Raises:
+            StopIteration: the plan has ended.
+            ValueError: a shard is missing or damaged; the message names step, sample, file and offset.
+            RuntimeError: anything else that went wrong while reading, or the loader is closed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or bool(self._ready))
+            if self._closed:
+                raise RuntimeError("the data loader is closed: no step can be read from it")
+            item = self._ready[0]
+            # An end stays in the queue: asking again gives the same answer.
+            if isinstance(item, list):
+                self._ready.popleft()
+                self._changed.notify_all()
+                return item
+        if isinstance(item, _PlanEnd):
+            raise StopIteration
+        raise item.error
+
+    def close(self) -> None:
+        """Stop the thread. A read that is stuck in the file system is left behind after 5 s."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def __enter__(self) -> "ThreadLoader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def sample_ids_hash(sample_ids: Sequence[int]) -> str:
+    """16 hexadecimal digits that name the samples of one step, whichever rank read which.
+
+    The numbers are sorted first: a step is a sum over its samples, and another data-parallel size asks for
+    the same samples in another order. A sample that is missing or there twice changes the hash.
+    """
+    ids = np.sort(np.asarray(sample_ids, dtype="<i8"))
+    return hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()
