@@ -9,9 +9,9 @@ first use).
 
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -23,29 +23,35 @@ SWITCH = os.environ.get("M1_BUILD_KERNELS", "auto")
 EDITABLE = "editable_wheel" in sys.argv or "develop" in sys.argv
 
 
+def kernel_build() -> ModuleType:
+    """kernels_cuda/build.py, loaded by path: under a PEP 517 build the checkout is not on sys.path."""
+    spec = importlib.util.spec_from_file_location("m1_kernel_build", ROOT / "kernels_cuda" / "build.py")
+    assert spec is not None and spec.loader is not None, spec
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def wants_kernels() -> bool:
-    """Whether this build compiles the CUDA kernels; says once why not."""
+    """Whether this build compiles the CUDA kernels; says once what is missing where it cannot."""
     if SWITCH not in ("auto", "0", "1"):
         raise SystemExit(f"M1_BUILD_KERNELS={SWITCH!r} is not a build switch: set it to 0, 1 or auto")
     if SWITCH == "1":
         return True
-    if SWITCH == "auto" and not EDITABLE and shutil.which("nvcc") is None:
-        print("megatron-m1: nvcc is not on PATH, so no CUDA kernels are built (the CPU path is complete)")
+    if SWITCH == "0" or EDITABLE:
         return False
-    return SWITCH == "auto" and not EDITABLE
+    reason = kernel_build().missing_for_build()
+    if reason is not None:
+        print(f"megatron-m1: no CUDA kernels in this wheel, the CPU path is complete ({reason})")
+    return reason is None
 
 
 class BuildKernels(build_ext):
     """Compiles the kernel library with kernels_cuda/build.py, beside the package's Python files."""
 
     def build_extension(self, ext: Extension) -> None:
-        # Loaded by path: under a PEP 517 build the checkout is not on sys.path.
-        spec = importlib.util.spec_from_file_location("m1_kernel_build", ROOT / "kernels_cuda" / "build.py")
-        assert spec is not None and spec.loader is not None, spec
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        module.build_library(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        kernel_build().build_library(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
 
 
 class StableAbiWheel(bdist_wheel):

@@ -95,7 +95,7 @@ def transformer_engine() -> Finding:
         return Finding(
             name=name,
             state="broken",
-            detail=f"uninstalled, but megatron-core takes what is left in {places} for the package: remove that",
+            detail=f"uninstalled, but megatron-core takes the rest in {places} for it: remove that folder",
         )
     problem = _import_problem("transformer_engine.pytorch")
     if problem:
@@ -182,15 +182,12 @@ def _import_problem(module: str) -> str | None:
 
 
 def cuda_kernels() -> Finding:
-    """Our own kernels: on where a CUDA device is usable and the library is built."""
-    import torch
+    """Our own kernels: on where a device of the right kind is usable and the library is built or can be."""
+    from kernels_cuda import build
 
-    if not torch.cuda.is_available():
-        return Finding(
-            name="CUDA kernels", state="off", detail="no usable CUDA device; the chunked CPU path is used"
-        )
-    if importlib.util.find_spec("kernels_cuda.build") is None:
-        return Finding(
-            name="CUDA kernels", state="off", detail="kernels_cuda/build.py is missing from this installation"
-        )
-    return Finding(name="CUDA kernels", state="off", detail="not built")
+    name = "CUDA kernels"
+    reason = build.why_not()
+    if reason is not None:
+        return Finding(name=name, state="off", detail=reason)
+    library = build.find_library()
+    return Finding(name=name, state="on", detail=str(library) if library else "will be built on first use")
