@@ -18,8 +18,9 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 RECORD_FILE_NAME = "metrics.jsonl"
-Kind = Literal["life", "step", "evaluation"]
+Kind = Literal["life", "step", "evaluation", "end"]
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
+_LIFE_PREFIX = b'{"kind": "life"'
 _TAIL_BYTES = 65536
 
 
@@ -41,8 +42,14 @@ class Spool:
     then exactly lines of steps that the next life takes again.
     """
 
-    def __init__(self, directory: Path, resume_from_step: int | None) -> None:
-        """Open the record in `directory` and start a life; `resume_from_step` None starts the run afresh."""
+    def __init__(
+        self, directory: Path, resume_from_step: int | None, description: Mapping[str, Any] | None = None
+    ) -> None:
+        """Open the record in `directory` and start a life; `resume_from_step` None starts the run afresh.
+
+        `description` (strings and flat mappings of strings) goes into the line that starts the life, so that
+        the record can be sent to a server by a process that knows nothing else of the run.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / RECORD_FILE_NAME
         self.life = _last_life(self.path) + 1
@@ -50,9 +57,8 @@ class Spool:
         self._line_is_torn = not _ends_with_newline(self.path)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.life_offset = os.fstat(self._descriptor).st_size
-        self.append(
-            "life", resume_from_step or 0, {"is_fresh": resume_from_step is None, "process_id": os.getpid()}
-        )
+        start = {"is_fresh": resume_from_step is None, "process_id": os.getpid(), **(description or {})}
+        self.append("life", resume_from_step or 0, start)
 
     def append(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. A full or broken disk drops the line, says so, and never stops the training."""
@@ -97,6 +103,20 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[Line]:
                 return
             offset += len(raw)
             yield Line(_decoded(raw), offset)
+
+
+def read_lives(path: Path) -> list[Line]:
+    """The lines that start lives; parses no other line, so a long record is read at the speed of its "
+    "bytes."""
+    lives = []
+    offset = 0
+    with path.open("rb") as file:
+        for raw in file:
+            offset += len(raw)
+            values = _decoded(raw) if raw.startswith(_LIFE_PREFIX) else None
+            if values is not None and raw.endswith(b"\n"):
+                lives.append(Line(values, offset))
+    return lives
 
 
 def read_steps(path: Path, kind: Kind = "step") -> dict[int, dict[str, Any]]:
