@@ -40,6 +40,9 @@ class BlendSchedule:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The source of a sample and which of that source's samples it is."""
+        if len(self._sums) == 2:
+            # One source: in its own order, so that its samples 0 to n - 1 are whole epochs for any n.
+            return 0, sample
         window, item = divmod(sample, WINDOW_SAMPLES)
         order = KeyedPermutation(WINDOW_SAMPLES, derive_key(self._key, "window", window))
         number = window * WINDOW_SAMPLES + order(item)

@@ -87,7 +87,10 @@ def test_a_shard_without_documents_is_read_as_empty(tmp_path):
 
 @pytest.mark.parametrize("tokens", [[], [70_000], [-1, 3]])
 def test_the_writer_refuses_what_cannot_be_a_document(tmp_path, tokens):
-    with pytest.raises(ValueError, match="document 0 of shard"), ShardWriter(tmp_path / "s", 70_000) as writer:
+    with (
+        pytest.raises(ValueError, match="document 0 of shard"),
+        ShardWriter(tmp_path / "s", 70_000) as writer,
+    ):
         writer.add_document(tokens)
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +108,7 @@ def test_nothing_bears_the_name_before_the_shard_is_whole(tmp_path):
 
 @pytest.mark.parametrize("published", [0, 1])
 def test_an_old_index_never_describes_new_tokens(tmp_path, monkeypatch, published):
-    """A rewrite interrupted before its (published + 1)-th rename leaves no shard that opens with old index."""
+    """A rewrite interrupted after `published` renames leaves no shard that opens."""
     write_shard(tmp_path / "s", [[1, 2], [3]])
     writer = ShardWriter(tmp_path / "s", 70_000)
     writer.add_document([7, 8, 9])
@@ -186,10 +189,11 @@ def test_ten_thousand_damaged_indexes_give_our_error_or_the_right_documents(tmp_
     for _ in range(5_000):
         idx_path(prefix).write_bytes(damaged(whole, numbers))
         try:
-            assert read_everything(prefix, documents_per_block) == right
-        except ShardError as error:
-            assert "s.idx" in str(error) or "s.bin" in str(error)
+            read = read_everything(prefix, documents_per_block)
+        except ShardError:
             num_refused += 1
+        else:
+            assert read == right
     assert num_refused > 4_000
 
 
