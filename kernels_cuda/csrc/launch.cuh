@@ -1,0 +1,50 @@
+// Host side of a kernel: tensor maps through the driver's own entry point (no link to libcuda), and the launch.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace m1 {
+
+using Stream = cudaStream_t;
+
+constexpr int kNoTensorMapEncoder = -1;
+constexpr int kTensorMapRefused = -2;
+constexpr int kNoInstantiation = -3;
+
+// A bf16 tensor of three dims, innermost first, cut into boxes whose rows are 128 bytes, 128-byte swizzled.
+// Elements of a box outside the tensor are read as zero and never written. strides_bytes: of dims 1 and 2.
+inline int encode_map_3d(CUtensorMap* map, const void* address, const uint64_t (&dims)[3],
+                         const uint64_t (&strides_bytes)[2], const uint32_t (&box)[3]) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static void* entry = nullptr;
+  if (entry == nullptr) {
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    if (status != cudaSuccess) return status;
+    if (found != cudaDriverEntryPointSuccess || entry == nullptr) return kNoTensorMapEncoder;
+  }
+  const uint32_t element_strides[3] = {1, 1, 1};
+  const CUresult result = reinterpret_cast<Encode>(entry)(
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(address), dims, strides_bytes, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : kTensorMapRefused;
+}
+
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(parameters) and reports the launch's own error.
+template <typename Parameters>
+int launch(void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void* stream,
+           const Parameters& parameters) {
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<blocks, threads, shared_bytes, static_cast<Stream>(stream)>>>(parameters);
+  return cudaGetLastError();
+}
+
+}  // namespace m1
