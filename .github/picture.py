@@ -1,6 +1,8 @@
-"""Draws grid.svg: the rank grid of the demo (TP2 x PP2, experts EP2 over the same ranks) and the layer pattern.
+"""Draws grid.svg: the rank grid of the demo (TP2 x PP2, experts EP2 over the same ranks) and the layer
+pattern.
 
-Run `python .github/picture.py` from the repository root; the numbers come from the preset, not from this file.
+Run `python .github/picture.py` from the repository root; the numbers come from the preset, not from this
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ INK, PAPER, LIGHTNING, SOFTMAX, STAGE = "#24292f", "#ffffff", "#2f6fb0", "#c2571
 def draw(model: ModelConfig, layout: Layout) -> str:
     """The SVG text for a model under a layout."""
     parts = [*_layers(model, layout, top=58), *_ranks(layout, top=190)]
-    height = 190 + 56 + 112 * layout.pp + MARGIN
+    height = 190 + 24 + 112 * layout.pp - 20 + MARGIN
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         'font-family="sans-serif" font-size="13">'
@@ -35,7 +37,8 @@ def _layers(model: ModelConfig, layout: Layout, *, top: int) -> list[str]:
     """One box per layer, coloured by kind, bracketed by pipeline stage."""
     pitch = (WIDTH - 2 * MARGIN) / model.num_layers
     per_stage = model.num_layers // layout.pp
-    parts = [_text(MARGIN, top - 26, "Layers: lightning (blue) and softmax (orange) attention, each with a MoE", bold=True)]
+    title = "Layers: lightning (blue) and softmax (orange) attention, each with a mixture of experts"
+    parts = [_text(MARGIN, top - 26, title, bold=True)]
     for layer, kind in enumerate(model.layer_kinds):
         left = MARGIN + layer * pitch
         colour = LIGHTNING if kind == "lightning" else SOFTMAX
@@ -54,7 +57,9 @@ def _ranks(layout: Layout, *, top: int) -> list[str]:
     """One box per rank: a row per pipeline stage, with the dense and the expert coordinates of each rank."""
     in_stage = layout.world_size // layout.pp
     pitch = (WIDTH - 2 * MARGIN - 130) / in_stage
-    title = f"Ranks: world {layout.world_size} = TP{layout.tp} x CP{layout.cp} x DP{layout.dp} x PP{layout.pp}"
+    title = (
+        f"Ranks: world {layout.world_size} = TP{layout.tp} x CP{layout.cp} x DP{layout.dp} x PP{layout.pp}"
+    )
     title += f" = ETP{layout.etp} x EP{layout.ep} x EDP{layout.edp} x PP{layout.pp}"
     parts = [_text(MARGIN, top, title, bold=True)]
     for stage in range(layout.pp):
@@ -65,16 +70,19 @@ def _ranks(layout: Layout, *, top: int) -> list[str]:
         at = layout.coordinates(rank)
         left = MARGIN + 130 + (rank % in_stage) * pitch
         row = top + 24 + 112 * at["pp"]
-        parts.append(f'<rect x="{left}" y="{row + 10}" width="{pitch - 10}" height="72" rx="5" fill="{PAPER}" stroke="{INK}"/>')
+        parts.append(_box(left, row + 10, pitch - 10, 72, PAPER, stroke=INK))
         centre = left + (pitch - 10) / 2
         parts.append(_text(centre, row + 30, f"rank {rank}", bold=True, middle=True))
-        parts.append(_text(centre, row + 50, f"attention, head, embedding: tp {at['tp']}  dp {at['dp']}", middle=True))
-        parts.append(_text(centre, row + 69, f"experts: ep {at['ep']}  etp {at['etp']}  edp {at['edp']}", middle=True))
+        parts.append(_text(centre, row + 50, f"dense part: tp {at['tp']}  dp {at['dp']}", middle=True))
+        parts.append(
+            _text(centre, row + 69, f"experts: ep {at['ep']}  etp {at['etp']}  edp {at['edp']}", middle=True)
+        )
     return parts
 
 
-def _box(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="5" fill="{fill}"/>'
+def _box(x: float, y: float, width: float, height: float, fill: str, *, stroke: str = "none") -> str:
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="5"'
+    return f'<rect {place} fill="{fill}" stroke="{stroke}"/>'
 
 
 def _text(x: float, y: float, text: str, *, fill: str = INK, bold: bool = False, middle: bool = False) -> str:
@@ -83,12 +91,13 @@ def _text(x: float, y: float, text: str, *, fill: str = INK, bold: bool = False,
     return f'<text x="{x}" y="{y}" fill="{fill}"{anchor}{weight}>{escape(text)}</text>'
 
 
-def main() -> None:
-    """Read the demo's preset and write the picture beside this file."""
-    preset = parse((ROOT / "megatron_m1/presets/tiny.yaml").read_text(encoding="utf-8"), source="preset tiny")
-    picture = draw(ModelConfig(**preset["model"]), Layout(**preset["layout"]))
-    (ROOT / ".github" / "grid.svg").write_text(picture, encoding="utf-8")
+def draw_preset(name: str) -> str:
+    """The SVG text for one preset."""
+    preset = parse(
+        (ROOT / f"megatron_m1/presets/{name}.yaml").read_text(encoding="utf-8"), source=f"preset {name}"
+    )
+    return draw(ModelConfig(**preset["model"]), Layout(**preset["layout"]))
 
 
 if __name__ == "__main__":
-    main()
+    (ROOT / ".github" / "grid.svg").write_text(draw_preset("tiny"), encoding="utf-8")

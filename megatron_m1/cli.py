@@ -8,6 +8,8 @@ do not.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +54,12 @@ def train(
     ] = False,
 ) -> None:
     """Train a run; starts its own local ranks where the layout needs several and no launcher has."""
-    from megatron_m1 import config as run_file
     from megatron_m1 import doctor
 
-    # Before anything imports megatron-core: a broken transformer-engine would take it down.
+    # Before anything imports megatron-core (the run file's sections do): a broken engine would take it down.
     doctor.refuse_broken_packages()
+    from megatron_m1 import config as run_file
+
     if explain:
         _print_values(run_file.explain(run, overrides or []))
         return
@@ -75,9 +78,14 @@ def data_demo(
     """Prepare the demo corpus: Python's own documentation and standard library, tokenizer and shards."""
     from data_pipeline.prepare import prepare_demo
 
-    summary = prepare_demo(directory)
-    for line in summary.lines():
-        typer.echo(line)
+    with _reporter() as report:
+        summary = prepare_demo(directory, progress=report)
+    for name, split in (("train", summary.train), ("held out", summary.held_out)):
+        counts = f"{split.num_documents:,} documents, {split.num_bytes:,} bytes, {split.num_tokens:,} tokens"
+        typer.echo(f"{name:<10} {counts} -> {split.prefix}.bin, .idx")
+    typer.echo(f"tokenizer  {summary.vocab_size:,} entries -> {summary.tokenizer_path}")
+    entropy = summary.unigram_entropy_nats_per_token
+    typer.echo(f"unigram    {entropy:.4f} nats per held-out token; a model has to stay below it")
 
 
 @app.command("doctor")
@@ -97,6 +105,22 @@ def run_doctor() -> None:
         )
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(SOMETHING_BROKEN)
+
+
+@contextmanager
+def _reporter() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per part of a preparation, on stderr and gone afterwards; yields what reports to it."""
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield report
 
 
 def _print_values(values: list) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint import CheckpointConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
@@ -22,9 +21,10 @@ from megatron_m1 import runfile
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.training.loop import TrainingConfig
 from megatron_m1.training.optimizer import OptimizerConfig
-from megatron_m1.training.schedule import ScheduleConfig
+from megatron_m1.training.schedule import ScheduleConfig, check_batch_ramp
 from megatron_m1.training.tracking import TrackingConfig
-from parallel.layout import Layout
+from parallel.checkpoint import CheckpointConfig
+from parallel.layout import Layout, divisors
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -81,13 +81,31 @@ def check_across_sections(config: RunConfig) -> None:
     Raises:
         ValueError: the first rule that does not hold, with the legal values.
     """
-    model, layout, training = config.model, config.layout, config.training
+    model, layout, training, schedule = config.model, config.layout, config.training, config.schedule
     layout.check_model(
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         num_experts=model.num_experts,
     )
+    if model.vocab_size % layout.tp:
+        raise ValueError(
+            f"layout.tp={layout.tp} does not divide model.vocab_size={model.vocab_size}: embedding and head "
+            f"are split over tp; make vocab_size a multiple of {layout.tp}, or choose another layout.tp"
+        )
+    if model.ffn_size % layout.etp:
+        raise ValueError(
+            f"layout.etp={layout.etp} does not divide model.ffn_size={model.ffn_size}: the channels of an "
+            f"expert are split over etp; choose etp from {divisors(model.ffn_size)}"
+        )
+    # Here for the dp of the file; a launcher with more ranks grows dp, and the run checks again.
+    check_batch_ramp(schedule, training.sequence_length, training.micro_batch_size * layout.dp)
+    for stage in schedule.batch_ramp:
+        layout.check_batch(
+            global_batch=stage.global_batch_tokens // training.sequence_length,
+            micro_batch=training.micro_batch_size,
+            sequence_length=training.sequence_length,
+        )
 
 
 def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

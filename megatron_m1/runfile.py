@@ -85,7 +85,8 @@ def parse(text: str, *, source: str) -> Any:
 
 def dump(values: dict[str, Any]) -> str:
     """YAML text that `parse` reads back to the same values, keys in the given order."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    # Everything outside ASCII is escaped: PyYAML writes some line ends raw and then reads them as spaces.
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
