@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _RANK_MAIN = "from tests.spawn import rank_main; rank_main()"
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0
+) -> list[Any]:
     """Call `function(*arguments)` in `world_size` fresh processes joined by gloo; results by rank.
 
     `function` must be importable by name (a module-level function of a test module). A rank that fails ends the
@@ -43,7 +45,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             with log.open("wb") as sink:
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=sink, stderr=sink))
         _wait(ranks, logs, timeout_s)
-        return [pickle.loads((Path(directory) / f"result{rank}.pickle").read_bytes()) for rank in range(world_size)]
+        return [
+            pickle.loads((Path(directory) / f"result{rank}.pickle").read_bytes())
+            for rank in range(world_size)
+        ]
 
 
 def _wait(ranks: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> None:

@@ -103,7 +103,8 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kind of every layer, by global index."""
         return tuple(
-            "softmax" if (layer + 1) % self.softmax_every == 0 else "lightning" for layer in range(self.num_layers)
+            "softmax" if (layer + 1) % self.softmax_every == 0 else "lightning"
+            for layer in range(self.num_layers)
         )
 
     @property

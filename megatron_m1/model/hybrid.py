@@ -65,7 +65,9 @@ class HybridModel(GPTModel):
             [T, P/tp].
         """
         labels = labels_T[None] if labels_T is not None else None
-        out = super().forward(tokens_T[None], packed.positions_T[None], None, labels=labels, packed_seq_params=packed)
+        out = super().forward(
+            tokens_T[None], packed.positions_T[None], None, labels=labels, packed_seq_params=packed
+        )
         return out.squeeze(0) if self.post_process else out
 
     def logical_tensors(self) -> dict[str, Any]:

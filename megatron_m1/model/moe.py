@@ -87,7 +87,9 @@ class Router(MegatronModule):
         Deviation from MiniMax-01 eq. 2 in scope only: it averages over an undisclosed set of tokens; we take it per
         row of the global batch, then the mean over rows and the sum over layers.
         """
-        probabilities_BSE = self._gather(logits_tE.softmax(-1)).view(-1, packed.row_tokens, self.model.num_experts)
+        probabilities_BSE = self._gather(logits_tE.softmax(-1)).view(
+            -1, packed.row_tokens, self.model.num_experts
+        )
         choices_BSE = self._gather(chosen_tE.float()).view_as(probabilities_BSE)
         share_BE, mean_BE = choices_BSE.mean(1), probabilities_BSE.mean(1)
         if self.model.auxiliary_form == "minimax01":
@@ -121,7 +123,9 @@ class Router(MegatronModule):
         own share is the whole gradient (no reduction in the transpose)."""
         if self.tp_group.size() == 1:
             return x_tE
-        return gather_from_sequence_parallel_region(x_tE, tensor_parallel_output_grad=False, group=self.tp_group)
+        return gather_from_sequence_parallel_region(
+            x_tE, tensor_parallel_output_grad=False, group=self.tp_group
+        )
 
     def _own_share(self, x_TE: torch.Tensor) -> torch.Tensor:
         return x_TE.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -156,7 +160,9 @@ class MixtureOfExperts(MoELayer):
         def build_router(*, config: Any, pg_collection: Any) -> Router:
             return Router(config, model, pg_collection.tp)
 
-        super().__init__(config, MoESubmodules(experts=GroupedExperts, router=build_router), pg_collection=groups)
+        super().__init__(
+            config, MoESubmodules(experts=GroupedExperts, router=build_router), pg_collection=groups
+        )
         self.splits_here = groups.tp.size() > 1 and not config.sequence_parallel
 
     def forward(self, x_SBD: torch.Tensor, packed: Packed) -> torch.Tensor:  # type: ignore[override]

@@ -50,4 +50,6 @@ class Packed:
             )
         positions_T = torch.arange(int(ends_N[-1])) - starts_N.repeat_interleave(lengths_N)
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends_N]).to(torch.int32)
-        return cls(cu_seqlens.to(device), positions_T.to(device), tuple(lengths), row_tokens, auxiliary_weight)
+        return cls(
+            cu_seqlens.to(device), positions_T.to(device), tuple(lengths), row_tokens, auxiliary_weight
+        )

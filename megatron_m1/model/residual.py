@@ -33,12 +33,21 @@ class PostNormLayer(MegatronModule, BaseTransformerLayer):
     """
 
     def __init__(
-        self, config: Any, model: ModelConfig, layer_number: int, pg_collection: Any, vp_stage: int | None = None
+        self,
+        config: Any,
+        model: ModelConfig,
+        layer_number: int,
+        pg_collection: Any,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
-        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, pg_collection.pp.rank()
+        )
         layer_index = self.layer_number - 1
-        attention = {"lightning": LightningAttention, "softmax": SoftmaxAttention}[model.layer_kinds[layer_index]]
+        attention = {"lightning": LightningAttention, "softmax": SoftmaxAttention}[
+            model.layer_kinds[layer_index]
+        ]
         self.alpha, self.beta = model.alpha, model.residual_beta
         self.attention_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
         self.attention = attention(config, model, layer_index, pg_collection)

@@ -62,7 +62,9 @@ class SoftmaxAttention(MegatronModule):
         return out
 
 
-def rotary_tables(positions_T: torch.Tensor, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    positions_T: torch.Tensor, rotary_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * base^(-2i / rotary_dim), fp32 [T, rotary_dim], the halves alike."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_T.device) / rotary_dim
     angles = positions_T.float()[:, None] * base**-exponents

@@ -1,0 +1,81 @@
+"""What the trainer takes from any source of data: rows of packed documents, and microbatches made of them.
+
+Legend: S tokens per row, T = rows * S tokens of a microbatch, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_m1.model.packed import Packed
+
+
+class Row(Protocol):
+    """One sample of the global batch, as numpy arrays: `data_pipeline.pack.PackedSample` has this form."""
+
+    @property
+    def tokens_S(self) -> Any: ...
+    @property
+    def labels_S(self) -> Any: ...
+    @property
+    def loss_mask_S(self) -> Any: ...
+    @property
+    def document_lengths(self) -> Any: ...
+    @property
+    def sample_id(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """What one rank passes through the model at once."""
+
+    tokens_T: torch.Tensor
+    """int64 [T]."""
+    labels_T: torch.Tensor
+    """int64 [T]: the token after each token."""
+    loss_mask_T: torch.Tensor
+    """fp32 [T]: 1 where the loss counts."""
+    packed: Packed
+
+
+def make_microbatch(rows: Sequence[Row], *, global_rows: int, device: torch.device) -> Microbatch:
+    """Lay rows end to end; every row ends a document for attention.
+
+    Args:
+        rows: of equal length S.
+        global_rows: rows in the whole global batch, which weights the auxiliary loss.
+        device: where the model is.
+    """
+    lengths = [int(length) for row in rows for length in row.document_lengths]
+
+    def joined(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([torch.as_tensor(getattr(row, name)).to(dtype) for row in rows]).to(device)
+
+    packed = Packed.from_lengths(
+        lengths, row_tokens=len(rows[0].tokens_S), auxiliary_weight=1.0 / global_rows, device=device
+    )
+    return Microbatch(
+        joined("tokens_S", torch.int64),
+        joined("labels_S", torch.int64),
+        joined("loss_mask_S", torch.float32),
+        packed,
+    )
+
+
+def sample_ids(
+    *, consumed: int, global_rows: int, micro_batch: int, data_parallel: int, data_rank: int
+) -> list[list[int]]:
+    """Global sample numbers of this rank's microbatches in one step.
+
+    Row r of microbatch m on data-parallel rank d is sample consumed + (m * dp + d) * micro_batch + r, so the set of a
+    step depends on the count of consumed samples alone.
+    """
+    per_pass = micro_batch * data_parallel
+    return [
+        [consumed + start + data_rank * micro_batch + row for row in range(micro_batch)]
+        for start in range(0, global_rows, per_pass)
+    ]

@@ -1,0 +1,108 @@
+"""Everything a run needs to go on exactly: weights, optimizer, random state and the position in data and schedule.
+
+Tensors travel as megatron-core sharded tensors under logical names; the rest is JSON in the checkpoint's manifest.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_m1.model.hybrid import HybridModel
+from megatron_m1.training.optimizer import Optimizer
+from parallel.checkpoint import CheckpointStore
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run has come. The data order and the schedule are functions of it."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    consumed_samples: int = 0
+    """Rows of all global batches so far: the loader's only state besides the seed."""
+    consumed_tokens: int = 0
+    """Tokens of those rows."""
+
+
+def save_state(
+    store: CheckpointStore,
+    position: Position,
+    chunks: Sequence[HybridModel],
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+) -> None:
+    """Start a checkpoint of the whole state; collective. `extra` is kept beside it as JSON."""
+    weights = _weights(chunks)
+    state = {"weights": weights, "optimizer": optimizer.sharded_state(weights)}
+    store.save(position.step, state, extra | {"position": asdict(position), "random": random_state()})
+
+
+def load_state(
+    store: CheckpointStore, step: int, chunks: Sequence[HybridModel], optimizer: Optimizer
+) -> tuple[Position, dict[str, Any]]:
+    """Load a checkpoint saved under any layout into this one; collective.
+
+    Returns:
+        The position, and what `save_state` was given as `extra`.
+
+    Raises:
+        CheckpointError: damaged or of another model; nothing in this process has been trained on then.
+    """
+    weights = _weights(chunks)
+    template = {"weights": weights, "optimizer": optimizer.sharded_template(weights)}
+    state, extra = store.load(step, template)
+    with torch.no_grad():
+        for index, chunk in enumerate(chunks):
+            parameters = dict(chunk.named_parameters())
+            for name, value in state["weights"][str(index)].items():
+                parameters[name].copy_(value)
+    optimizer.load_sharded_state(state["optimizer"])
+    set_random_state(extra.pop("random"))
+    return Position(**extra.pop("position")), extra
+
+
+def _weights(chunks: Sequence[HybridModel]) -> dict[str, Any]:
+    return {str(index): chunk.logical_tensors() for index, chunk in enumerate(chunks)}
+
+
+def random_state() -> dict[str, str]:
+    """State of every generator of this process as text; training draws from none of them, user code may."""
+    generators = {"torch": torch.get_rng_state().numpy().tobytes()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+    state = {name: base64.b64encode(raw).decode() for name, raw in generators.items()}
+    return state | {
+        "python": _to_json(random.getstate()),
+        "numpy": _to_json(np.random.get_state(legacy=True)),
+    }
+
+
+def set_random_state(state: dict[str, str]) -> None:
+    """Put back what `random_state` read. Rank 0's state is everybody's: ranks differ by explicit seeds only."""
+
+    def tensor(name: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(state[name])), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor("torch"))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(tensor("cuda"))
+    version, words, gauss = _from_json(state["python"])
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = _from_json(state["numpy"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, default=lambda array: array.tolist())
+
+
+def _from_json(text: str) -> Any:
+    return json.loads(text)
