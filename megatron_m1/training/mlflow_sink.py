@@ -45,6 +45,7 @@ class MlflowSink:
         self._failing_since_s = 0.0
         self._next_attempt_s = 0.0
         self._closing = threading.Event()
+        self._is_abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
 
     def start(self) -> None:
@@ -67,21 +68,24 @@ class MlflowSink:
         return sampler.take() if sampler else {}
 
     def close(self, timeout_s: float) -> bool:
-        """Try once more to send everything, for at most `timeout_s`; False when something is left in the "
-        "record."""
+        """Keep trying to send everything for at most `timeout_s`; False when something is left unsent."""
         self._closing.set()
         self._thread.join(timeout_s)
-        return not self._thread.is_alive() and self.num_unsent_bytes == 0
+        self._is_abandoned.set()
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
-        is_closing = False
-        while not is_closing:
+        while True:
             is_closing = self._closing.wait(_TICK_S)
-            if is_closing or time.monotonic() >= self._next_attempt_s:
+            if is_closing:
+                if self._attempt() or self._is_abandoned.wait(_TICK_S):
+                    return
+            elif time.monotonic() >= self._next_attempt_s:
                 self._attempt()
             self._sample()
 
-    def _attempt(self) -> None:
+    def _attempt(self) -> bool:
+        """Bring the server up to date; True when it has every complete line of the record."""
         try:
             self._advance()
         except RunGoneError as error:
@@ -90,11 +94,13 @@ class MlflowSink:
             self._position.sent_offset = 0
             self._position.run_key = RunPosition(self._position.path, self._position.tracking_uri).run_key
             self._is_open = False
+            return False
         # The client raises what its transport, database or server raise; no list of types would be complete.
         except Exception as error:
             self._pause(error)
-        else:
-            self._resume()
+            return False
+        self._resume()
+        return True
 
     def _advance(self) -> None:
         if self._run is None:

@@ -8,7 +8,6 @@ import json
 import logging
 import platform
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -167,8 +166,8 @@ class Tracking:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
-def replay(config: TrackingConfig, run_directory: Path, timeout_s: float) -> int:
-    """Send what MLflow has not got of a run that is not running; returns the bytes still unsent.
+def replay(config: TrackingConfig, run_directory: Path, timeout_s: float) -> bool:
+    """Send what MLflow has not got of a run that is not running; True when it has everything.
 
     Everything needed is in the record, also for a run whose server was never reached. A run that was killed
     stays RUNNING in MLflow, for its next life.
@@ -183,11 +182,7 @@ def replay(config: TrackingConfig, run_directory: Path, timeout_s: float) -> int
         record, _position(config, run_directory), config.experiment, system_metrics_interval_s=None
     )
     sink.start()
-    deadline_s = time.monotonic() + timeout_s
-    while sink.num_unsent_bytes and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    sink.close(max(0.0, deadline_s - time.monotonic()))
-    return sink.num_unsent_bytes
+    return sink.close(timeout_s)
 
 
 def tracking_uri(config: TrackingConfig, run_directory: Path) -> str:

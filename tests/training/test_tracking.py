@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 from megatron_m1.training import mlflow_sink
 from megatron_m1.training.metrics import StepMetrics
+from megatron_m1.training.mlflow_run import MlflowRun, RunPosition
 from megatron_m1.training.spool import RECORD_FILE_NAME, read_steps
 from megatron_m1.training.tracking import (
     POSITION_FILE_NAME,
@@ -69,15 +72,29 @@ def track(
     )
 
 
+@contextmanager
+def a_life(
+    config: TrackingConfig, directory: Path, resume_from_step: int | None = None, **described: Any
+) -> Iterator[Tracking]:
+    """A life that is closed with the patience a loaded machine needs."""
+    tracking = track(config, directory, resume_from_step, **described)
+    yield tracking
+    tracking.close(timeout_s=CLOSE_TIMEOUT_S)
+
+
 def log_steps(tracking: Tracking, steps: range) -> None:
     for step in steps:
         tracking.log_step(step_metrics(step))
 
 
-def runs_of(config: TrackingConfig) -> list[Any]:
+def client_of(config: TrackingConfig) -> Any:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=config.uri)
+    return MlflowClient(tracking_uri=config.uri)
+
+
+def runs_of(config: TrackingConfig) -> list[Any]:
+    client = client_of(config)
     experiment = client.get_experiment_by_name(config.experiment)
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
 
@@ -85,10 +102,8 @@ def runs_of(config: TrackingConfig) -> list[Any]:
 def history_of(
     config: TrackingConfig, run_id: str | None, name: str = "loss_nats"
 ) -> list[tuple[int, float]]:
-    from mlflow.tracking import MlflowClient
-
     assert run_id is not None
-    return [(point.step, point.value) for point in MlflowClient(config.uri).get_metric_history(run_id, name)]
+    return [(point.step, point.value) for point in client_of(config).get_metric_history(run_id, name)]
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -104,6 +119,11 @@ def assert_history_is_the_record(config: TrackingConfig, directory: Path, run_id
     for name in ("loss_nats", "learning_rate", "step_time_s", "consumed_tokens"):
         expected = [(step, float(values[name])) for step, values in sorted(record.items())]
         assert sorted(history_of(config, run_id, name)) == expected, name
+    # The timestamp is that of the record, not of the sending: what is sent twice is the same point.
+    sent_ms = {
+        point.step: point.timestamp for point in client_of(config).get_metric_history(run_id, "loss_nats")
+    }
+    assert sent_ms == {step: values["time_ms"] for step, values in record.items()}
 
 
 def test_a_server_killed_in_mid_run_and_back_has_the_complete_history(
@@ -122,28 +142,35 @@ def test_a_server_killed_in_mid_run_and_back_has_the_complete_history(
     assert_history_is_the_record(config, tmp_path, tracking.run_id)
     (run,) = runs_of(config)
     assert run.info.status == "FINISHED"
-    assert caplog.text.count("does not answer") == 1
 
 
 def test_no_call_waits_for_a_frozen_server(
     server: MlflowServer, config: TrackingConfig, tmp_path: Path
 ) -> None:
+    lives: list[Tracking] = []
+
+    def train() -> None:
+        lives.append(track(config, tmp_path))
+        log_steps(lives[0], range(1, 301))
+        lives[0].log_evaluation(300, {"held_out_loss_nats": 0.5})
+        lives[0].sync()
+
     server.stop()
     try:
         wait_for(server.is_stopped, "the server to freeze")
-        tracking = track(config, tmp_path)
-        log_steps(tracking, range(1, 301))
-        tracking.log_evaluation(300, {"held_out_loss_nats": 0.5})
-        tracking.sync()
+        trainer = threading.Thread(target=train, daemon=True)
+        trainer.start()
+        trainer.join(CLOSE_TIMEOUT_S)
+        assert not trainer.is_alive(), "a call waits for the server"
         # Every call has returned, and the server was frozen all the while.
         assert server.is_stopped()
-        assert tracking.run_id is None
-        tracking.close(timeout_s=0.5)
+        assert lives[0].run_id is None
+        lives[0].close(timeout_s=0.5)
         assert server.is_stopped()
     finally:
         server.resume()
     assert len(read_steps(tmp_path / RECORD_FILE_NAME)) == 300
-    assert replay(config, tmp_path, CLOSE_TIMEOUT_S) == 0
+    assert replay(config, tmp_path, CLOSE_TIMEOUT_S)
     (run,) = runs_of(config)
     assert_history_is_the_record(config, tmp_path, run.info.run_id)
     assert history_of(config, run.info.run_id, "held_out_loss_nats") == [(300, 0.5)]
@@ -158,19 +185,15 @@ def test_a_run_that_never_met_its_server_is_replayed_whole(config: TrackingConfi
         unreachable, tmp_path, parameters={"layout": {"tp": 2}}, tags={"layout": "tp2"}, run_file=run_file
     )
     log_steps(tracking, range(1, 41))
-    tracking.close(timeout_s=CLOSE_TIMEOUT_S)
+    tracking.close(timeout_s=1.0)
     assert tracking.run_id is None
-    assert replay(config, tmp_path, CLOSE_TIMEOUT_S) == 0
+    assert replay(config, tmp_path, CLOSE_TIMEOUT_S)
     (run,) = runs_of(config)
     assert_history_is_the_record(config, tmp_path, run.info.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"layout.tp": "2"}
     assert run.data.tags["layout"] == "tp2"
-    from mlflow.tracking import MlflowClient
-
-    assert [file.path for file in MlflowClient(config.uri).list_artifacts(run.info.run_id)] == [
-        "resolved.yaml"
-    ]
+    assert [file.path for file in client_of(config).list_artifacts(run.info.run_id)] == ["resolved.yaml"]
 
 
 def killed_life(
@@ -179,21 +202,23 @@ def killed_life(
     """A life in a process of its own that logs up to a step and dies by SIGKILL at once."""
     program = textwrap.dedent(
         f"""
-        import os, signal, time
+        import json, os, signal, time
         from pathlib import Path
         from megatron_m1.training.metrics import StepMetrics
         from megatron_m1.training.tracking import RunDescription, Tracking, TrackingConfig
         config = TrackingConfig(uri={config.uri!r}, experiment={config.experiment!r}, system_metrics=False)
-        tracking = Tracking(
-            config, Path({str(directory)!r}), RunDescription(name="run"), resume_from_step={resume_from_step}
-        )
+        directory = Path({str(directory)!r})
+        described = RunDescription(name="run")
+        tracking = Tracking(config, directory, described, resume_from_step={resume_from_step})
+        def sent_offset():
+            return json.loads((directory / "mlflow_position.json").read_text())["sent_offset"]
         for step in range({resume_from_step or 0} + 1, {last_step} + 1):
             tracking.log_step(StepMetrics(
                 step=step, loss_nats=1 / step, learning_rate=1e-3 * step, consumed_samples=8 * step,
                 consumed_tokens=800 * step, step_time_s=time.perf_counter(), tokens_per_s=1.0,
             ))
             if step == {last_step} - 10:
-                while tracking.run_id is None or tracking._sink.num_unsent_bytes:
+                while sent_offset() < (directory / "metrics.jsonl").stat().st_size:
                     time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -220,9 +245,9 @@ def test_a_killed_trainer_continues_its_run_and_repeated_steps_stand_once(
 
 
 def test_another_history_after_a_resume_is_sent_and_tagged(config: TrackingConfig, tmp_path: Path) -> None:
-    with track(config, tmp_path) as tracking:
+    with a_life(config, tmp_path) as tracking:
         log_steps(tracking, range(1, 11))
-    with track(config, tmp_path, resume_from_step=5) as tracking:
+    with a_life(config, tmp_path, resume_from_step=5) as tracking:
         for step in range(6, 13):
             tracking.log_step(step_metrics(step, loss_nats=1 / step if step < 8 else 9.0))
     (run,) = runs_of(config)
@@ -236,13 +261,13 @@ def test_another_history_after_a_resume_is_sent_and_tagged(config: TrackingConfi
 def test_a_lost_position_repeats_every_call_and_doubles_no_point(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
-    with track(config, tmp_path) as tracking:
+    with a_life(config, tmp_path) as tracking:
         log_steps(tracking, range(1, 21))
         tracking.log_step(step_metrics(21, loss_nats=math.nan))
     saved = json.loads((tmp_path / POSITION_FILE_NAME).read_text())
     for lost in ({"sent_offset": 0}, {"sent_offset": 0, "run_id": None}):
         (tmp_path / POSITION_FILE_NAME).write_text(json.dumps(saved | lost))
-        assert replay(config, tmp_path, CLOSE_TIMEOUT_S) == 0
+        assert replay(config, tmp_path, CLOSE_TIMEOUT_S)
     (run,) = runs_of(config)
     history = history_of(config, run.info.run_id)
     assert [step for step, _ in history] == list(range(1, 22))
@@ -255,11 +280,10 @@ def test_points_with_the_same_timestamp_are_kept_once_by_the_server(
 ) -> None:
     """What exactly-once rests on when an answer is lost: a repeated call changes nothing."""
     from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
 
-    with track(config, tmp_path) as tracking:
+    with a_life(config, tmp_path) as tracking:
         pass
-    client = MlflowClient(config.uri)
+    client = client_of(config)
     points = [Metric("a", 0.1 * step, 1_700_000_000_000 + step, step) for step in range(1000)]
     for _ in range(2):
         client.log_batch(tracking.run_id, metrics=points)
@@ -270,13 +294,11 @@ def test_points_with_the_same_timestamp_are_kept_once_by_the_server(
 def test_a_deleted_run_is_replaced_by_one_with_the_whole_history(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
-    from mlflow.tracking import MlflowClient
-
     tracking = track(config, tmp_path)
     log_steps(tracking, range(1, 11))
     wait_for(lambda: len(history_of(config, tracking.run_id)) == 10 if tracking.run_id else False, "10 steps")
     deleted = tracking.run_id
-    MlflowClient(config.uri).delete_run(deleted)
+    client_of(config).delete_run(deleted)
     log_steps(tracking, range(11, 21))
     wait_for(lambda: tracking.run_id not in (None, deleted), "a new run")
     tracking.close(timeout_s=CLOSE_TIMEOUT_S)
@@ -284,9 +306,9 @@ def test_a_deleted_run_is_replaced_by_one_with_the_whole_history(
 
 
 def test_a_fresh_start_in_a_used_directory_is_a_new_run(config: TrackingConfig, tmp_path: Path) -> None:
-    with track(config, tmp_path) as first:
+    with a_life(config, tmp_path) as first:
         log_steps(first, range(1, 11))
-    with track(config, tmp_path) as second:
+    with a_life(config, tmp_path) as second:
         log_steps(second, range(1, 4))
     assert len(runs_of(config)) == 2
     assert len(history_of(config, first.run_id)) == 10
@@ -296,7 +318,7 @@ def test_a_fresh_start_in_a_used_directory_is_a_new_run(config: TrackingConfig, 
 def test_the_run_id_of_a_checkpoint_continues_the_run_from_another_directory(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
-    with track(config, tmp_path / "first") as first:
+    with a_life(config, tmp_path / "first") as first:
         log_steps(first, range(1, 11))
     description = RunDescription(name="run")
     with Tracking(
@@ -308,9 +330,9 @@ def test_the_run_id_of_a_checkpoint_continues_the_run_from_another_directory(
 
 
 def test_parameters_changed_by_a_resume_become_a_tag(config: TrackingConfig, tmp_path: Path) -> None:
-    with track(config, tmp_path, parameters={"training": {"steps": 5, "seed": 1}}):
+    with a_life(config, tmp_path, parameters={"training": {"steps": 5, "seed": 1}}):
         pass
-    with track(config, tmp_path, 0, parameters={"training": {"steps": 9, "seed": 1, "new": [1, 2]}}):
+    with a_life(config, tmp_path, 0, parameters={"training": {"steps": 9, "seed": 1, "new": [1, 2]}}):
         pass
     (run,) = runs_of(config)
     assert run.data.params == {"training.steps": "5", "training.seed": "1", "training.new": "[1, 2]"}
@@ -320,7 +342,7 @@ def test_parameters_changed_by_a_resume_become_a_tag(config: TrackingConfig, tmp
 def test_a_point_the_server_refuses_costs_only_itself(
     config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with track(config, tmp_path) as tracking:
+    with a_life(config, tmp_path) as tracking:
         for step in range(1, 31):
             tracking.log_step(step_metrics(step, **({"bad?name": 1.0} if step == 17 else {})))
     assert_history_is_the_record(config, tmp_path, tracking.run_id)
@@ -330,13 +352,54 @@ def test_a_point_the_server_refuses_costs_only_itself(
 
 
 def test_a_line_longer_than_one_call_arrives_whole(config: TrackingConfig, tmp_path: Path) -> None:
-    with track(config, tmp_path) as tracking:
+    with a_life(config, tmp_path) as tracking:
         for step in (1, 2):
             tracking.log_step(
                 step_metrics(step, **{f"load/expert_{index}": float(index) for index in range(2560)})
             )
     for name in ("loss_nats", "load/expert_0", "load/expert_2559"):
         assert [step for step, _ in history_of(config, tracking.run_id, name)] == [1, 2], name
+
+
+def test_a_long_line_cut_by_a_crash_is_sent_again_and_not_taken_for_whole(
+    config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {f"load/expert_{index}": float(index) for index in range(2560)}
+    send_call = MlflowRun._send_call
+    calls: list[int] = []
+
+    def send_one_call_only(run: MlflowRun, points: Any) -> int:
+        calls.append(len(points))
+        if len(calls) > 1:
+            raise ConnectionError("cut")
+        return send_call(run, points)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowRun, "_send_call", send_one_call_only)
+        tracking = track(config, tmp_path)
+        tracking.log_step(step_metrics(1, **line))
+        wait_for(lambda: len(calls) > 1, "the cut")
+        tracking.close(timeout_s=0.0)
+        wait_for(lambda: not any(thread.name == "mlflow-sink" for thread in threading.enumerate()), "the end")
+    with a_life(config, tmp_path, resume_from_step=0) as tracking:
+        tracking.log_step(step_metrics(1, **line))
+    for name in ("loss_nats", "load/expert_2559"):
+        assert [step for step, _ in history_of(config, tracking.run_id, name)] == [1], name
+
+
+def test_pauses_grow_while_the_server_is_away_and_end_with_its_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = RunPosition(tmp_path / POSITION_FILE_NAME, "http://127.0.0.1:9")
+    sink = mlflow_sink.MlflowSink(tmp_path / RECORD_FILE_NAME, position, "any", None)
+    monkeypatch.setattr(mlflow_sink.time, "monotonic", lambda: 1000.0)
+    pauses_s = []
+    for _ in range(8):
+        sink._pause(ConnectionError("refused"))
+        pauses_s.append(sink._next_attempt_s - 1000.0)
+    assert pauses_s == [2, 4, 8, 16, 32, 60, 60, 60]
+    sink._resume()
+    assert sink._next_attempt_s == 0.0
 
 
 @pytest.mark.parametrize(
@@ -356,9 +419,8 @@ def test_the_way_a_life_ends_is_the_status_of_the_run(
     else:
         with pytest.raises(error):
             live()
-    (run,) = runs_of(config)
-    assert run.info.status == status
-    with track(config, tmp_path, resume_from_step=2) as tracking:
+    wait_for(lambda: [run.info.status for run in runs_of(config)] == [status], status)
+    with a_life(config, tmp_path, resume_from_step=2) as tracking:
         wait_for(
             lambda: tracking.run_id is not None and runs_of(config)[0].info.status == "RUNNING", "RUNNING"
         )
@@ -369,16 +431,19 @@ def test_system_metrics_come_with_the_steps(
 ) -> None:
     sampled = TrackingConfig(uri=server.uri, experiment=config.experiment, system_metrics_interval_s=0.05)
     tracking = track(sampled, tmp_path)
-    wait_for(
-        lambda: tracking.run_id is not None and bool(tracking._sink and tracking._sink._sampler), "the sink"
-    )
-    for step in range(1, 21):
+    step = 0
+
+    def samples_are_recorded() -> bool:
+        nonlocal step
+        step += 1
         tracking.log_step(step_metrics(step))
-        time.sleep(0.05)
+        record = read_steps(tmp_path / RECORD_FILE_NAME)
+        return sum("system/cpu_utilization_percentage" in values for values in record.values()) >= 3
+
+    wait_for(samples_are_recorded, "three samples")
     tracking.close(timeout_s=CLOSE_TIMEOUT_S)
     steps = [step for step, _ in history_of(config, tracking.run_id, "system/cpu_utilization_percentage")]
-    assert len(steps) >= 2
-    assert len(set(steps)) == len(steps)
+    assert len(steps) == len(set(steps)) >= 3
     assert history_of(config, tracking.run_id, "system/system_memory_usage_megabytes")[0][1] > 0
 
 
@@ -419,7 +484,7 @@ def test_the_default_is_a_database_in_the_run_directory(
 
 
 def test_disabled_tracking_still_writes_the_record(tmp_path: Path) -> None:
-    with track(TrackingConfig(enabled=False), tmp_path) as tracking:
+    with a_life(TrackingConfig(enabled=False), tmp_path) as tracking:
         log_steps(tracking, range(1, 6))
     assert tracking.run_id is None
     assert list(read_steps(tmp_path / RECORD_FILE_NAME)) == [1, 2, 3, 4, 5]
