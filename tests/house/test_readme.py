@@ -1,5 +1,4 @@
-"""What the README and the other documents say is so: commands exist and run, links lead somewhere, one page.
-"""
+"""What the README and the other documents say is so: commands exist and run, links lead somewhere, one page."""
 
 from __future__ import annotations
 
