@@ -1,0 +1,225 @@
+// From accumulators to memory: what each grouped product does with its finished tile.
+//
+// A warp owns 16 rows and writes 32 columns at a time: it packs them to bf16, turns them through its own staging in
+// shared memory (80-byte rows: 16-byte accesses without bank conflicts) and stores 16 bytes a lane, only rows and
+// columns that exist. Accumulator layout: csrc/wgmma.cuh. SwiGLU starts from gate and up rounded to bf16, so that
+// backward, which reads them back, sees the very activation that forward used.
+#pragma once
+
+#include "grouped_tiles.cuh"
+
+namespace m1 {
+
+constexpr float kLog2OfE = 1.44269504088896340736f;
+constexpr int kPassColumns = 32;
+constexpr int kPassAccumulators = kPassColumns / 2;
+// Results are computed and staged 16 columns at a time: more would not fit in registers beside the accumulators.
+constexpr int kStepColumns = 16;
+constexpr int kStepAccumulators = kStepColumns / 2;
+constexpr int kStepWords = kStepAccumulators / 2;
+constexpr int kStepsPerPass = kPassColumns / kStepColumns;
+
+// The part of a tile that one warp owns, and where this lane's accumulators are in it.
+struct WarpRows {
+  uint32_t staging;
+  int lane;
+  int first_row;  // in the output matrix
+  int num_rows;   // that exist, 0 to 16
+
+  // Row of accumulators with bit 1 of their index equal to half.
+  M1_DEVICE int row(int half) const { return lane / 4 + 8 * half; }
+};
+
+M1_DEVICE WarpRows warp_rows(uint32_t base, int warp, int lane, int top, int rows_below_top) {
+  const int offset = 16 * warp;
+  const int rest = rows_below_top - offset;
+  return {base + kStagingOffset + warp * kStagingPerWarp, lane, top + offset, rest < 0 ? 0 : rest < 16 ? rest : 16};
+}
+
+M1_DEVICE void pack(uint32_t (&packed)[kStepWords], const float* values) {
+#pragma unroll
+  for (int i = 0; i < kStepWords; ++i) packed[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+}
+
+// Columns 16 * step and on of the 32 that are staged.
+M1_DEVICE void stage(uint32_t staging, int lane, int step, const uint32_t (&packed)[kStepWords]) {
+  const int matrix = lane / 8;
+  const uint32_t row = lane % 8 + 8 * (matrix & 1);
+  const uint32_t address = staging + row * kStagingPitchBytes + step * 32 + (matrix / 2) * 16;
+  stmatrix_x4(address, packed[0], packed[1], packed[2], packed[3]);
+}
+
+// Stores the staged 32 columns at out, which points at the first of them in row first_row of a matrix.
+// Offsets inside a warp's 16 rows have 32 bits: the base is then the same in every lane and costs no registers.
+M1_DEVICE void copy_out(const WarpRows& mine, uint32_t staging, uint16_t* out, int stride, int columns) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = mine.lane / 4 + 8 * i;
+    const int unit = mine.lane % 4;
+    const uint4 values = load_shared16(staging + row * kStagingPitchBytes + unit * 16);
+    if (row < mine.num_rows && unit * 8 < columns) store_global16(out + (row * stride + unit * 8), values);
+  }
+}
+
+M1_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-x * kLog2OfE)); }
+
+struct RowWeights {
+  float of_half[2];
+};
+
+M1_DEVICE RowWeights load_row_weights(const float* weights, const WarpRows& mine) {
+  RowWeights loaded = {{1.0f, 1.0f}};
+  if (weights == nullptr) return loaded;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (mine.row(half) < mine.num_rows) loaded.of_half[half] = weights[mine.first_row + mine.row(half)];
+  return loaded;
+}
+
+// out [.., columns] of `values`, bf16.
+M1_DEVICE void store_tile(const float (&values)[128], const WarpRows& mine, uint16_t* out, int columns, int left) {
+  uint16_t* corner = out + int64_t(mine.first_row) * columns + left;
+#pragma unroll
+  for (int pass = 0; pass < kTileWidth / kPassColumns; ++pass) {
+    const int column = pass * kPassColumns;
+#pragma unroll
+    for (int step = 0; step < kStepsPerPass; ++step) {
+      uint32_t packed[kStepWords];
+      pack(packed, values + pass * kPassAccumulators + step * kStepAccumulators);
+      stage(mine.staging, mine.lane, step, packed);
+    }
+    sync_warp();
+    copy_out(mine, mine.staging, corner + column, columns, columns - left - column);
+    sync_warp();
+  }
+}
+
+// grad [.., columns] += values, fp32; this tile has no other writer.
+M1_DEVICE void add_tile(const float (&values)[128], const WarpRows& mine, float* grad, int columns, int left) {
+  struct alignas(8) Pair {
+    float low, high;
+  };
+#pragma unroll
+  for (int i = 0; i < 128; i += 2) {
+    const int row = mine.row(i / 2 % 2);
+    const int column = left + i / 4 * 8 + mine.lane % 4 * 2;
+    if (row >= mine.num_rows || column >= columns) continue;
+    Pair* place = reinterpret_cast<Pair*>(grad + int64_t(mine.first_row + row) * columns + column);
+    Pair sum = *place;
+    sum.low += values[i];
+    sum.high += values[i + 1];
+    *place = sum;
+  }
+}
+
+// Columns 0 to 127 of the tile are gate, 128 to 255 up, of the same 128 ffn columns from left.
+M1_DEVICE void store_swiglu(const float (&values)[128], const WarpRows& mine, const M1GateUp& call, int left) {
+  const RowWeights weights = load_row_weights(call.row_weights, mine);
+  const int width = call.ffn_width;
+  uint16_t* hidden = static_cast<uint16_t*>(call.hidden) + int64_t(mine.first_row) * 2 * width + left;
+  uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;
+#pragma unroll
+  for (int pass = 0; pass < kTileWidth / 2 / kPassColumns; ++pass) {
+#pragma unroll
+    for (int step = 0; step < kStepsPerPass; ++step) {
+      const float* sums = values + pass * kPassAccumulators + step * kStepAccumulators;
+      uint32_t gate[kStepWords], up[kStepWords], result[kStepWords];
+      pack(gate, sums);
+      pack(up, sums + 64);
+#pragma unroll
+      for (int i = 0; i < kStepWords; ++i) {
+        const float weight = weights.of_half[i % 2];
+        const float low = low_bf16(gate[i]), high = high_bf16(gate[i]);
+        result[i] = pack_bf16(low * sigmoid(low) * low_bf16(up[i]) * weight,
+                              high * sigmoid(high) * high_bf16(up[i]) * weight);
+      }
+      stage(mine.staging, mine.lane, step, gate);
+      stage(mine.staging + kStagingBytes, mine.lane, step, up);
+      stage(mine.staging + 2 * kStagingBytes, mine.lane, step, result);
+    }
+    sync_warp();
+    const int column = pass * kPassColumns;
+    const int columns = call.ffn_width - left - column;
+    copy_out(mine, mine.staging, hidden + column, 2 * width, columns);
+    copy_out(mine, mine.staging + kStagingBytes, hidden + width + column, 2 * width, columns);
+    copy_out(mine, mine.staging + 2 * kStagingBytes, act + column, width, columns);
+    sync_warp();
+  }
+}
+
+// The derivative of weight * silu(gate) * up at one place, given d = dL/d(weight * silu * up).
+struct SwigluGradient {
+  float gate, up, act, weight;
+};
+
+M1_DEVICE SwigluGradient swiglu_gradient(float d, float gate, float up, float weight) {
+  const float slope = sigmoid(gate);
+  const float silu = gate * slope;
+  const float act = silu * up;
+  // The weight goes to what was just loaded: d * weight would be computed early for the whole tile, and spill.
+  return {d * (weight * up * (slope + silu * (1.0f - slope))), d * (weight * silu), act * weight, d * act};
+}
+
+// The tile is dL/d(weighted activation); writes d_hidden, the weighted activation, and this lane's share of every
+// row's <d, activation> at partials[row][4 * column tile + lane % 4].
+M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows& mine, const M1DownBackward& call,
+                                     int left) {
+  if (mine.num_rows == 0) return;
+  const RowWeights weights = load_row_weights(call.row_weights, mine);
+  const int width = call.ffn_width;
+  // A row that does not exist reads the last one that does, so that loads need no predicate of their own.
+  const uint16_t* hidden[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = mine.first_row + (mine.row(half) < mine.num_rows ? mine.row(half) : mine.num_rows - 1);
+    hidden[half] = static_cast<const uint16_t*>(call.hidden) + int64_t(row) * 2 * width + left + mine.lane % 4 * 2;
+  }
+  uint16_t* d_hidden = static_cast<uint16_t*>(call.d_hidden) + int64_t(mine.first_row) * 2 * width + left;
+  uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;
+  float row_sums[2] = {};
+#pragma unroll
+  for (int pass = 0; pass < kTileWidth / kPassColumns; ++pass) {
+#pragma unroll
+    for (int step = 0; step < kStepsPerPass; ++step) {
+      const float* d = values + pass * kPassAccumulators + step * kStepAccumulators;
+      uint32_t d_gate[kStepWords], d_up[kStepWords], result[kStepWords];
+#pragma unroll
+      for (int i = 0; i < kStepWords; ++i) {
+        const int half = i % 2;
+        const int column = pass * kPassColumns + step * kStepColumns + i / 2 * 8;
+        uint32_t gate = 0, up = 0;
+        if (column < width - left) {
+          gate = *reinterpret_cast<const uint32_t*>(hidden[half] + column);
+          up = *reinterpret_cast<const uint32_t*>(hidden[half] + width + column);
+        }
+        const float weight = weights.of_half[half];
+        const SwigluGradient low = swiglu_gradient(d[2 * i], low_bf16(gate), low_bf16(up), weight);
+        const SwigluGradient high = swiglu_gradient(d[2 * i + 1], high_bf16(gate), high_bf16(up), weight);
+        d_gate[i] = pack_bf16(low.gate, high.gate);
+        d_up[i] = pack_bf16(low.up, high.up);
+        result[i] = pack_bf16(low.act, high.act);
+        row_sums[half] += low.weight + high.weight;
+      }
+      stage(mine.staging, mine.lane, step, d_gate);
+      stage(mine.staging + kStagingBytes, mine.lane, step, d_up);
+      stage(mine.staging + 2 * kStagingBytes, mine.lane, step, result);
+    }
+    sync_warp();
+    const int column = pass * kPassColumns;
+    const int columns = call.ffn_width - left - column;
+    copy_out(mine, mine.staging, d_hidden + column, 2 * width, columns);
+    copy_out(mine, mine.staging + kStagingBytes, d_hidden + width + column, 2 * width, columns);
+    copy_out(mine, mine.staging + 2 * kStagingBytes, act + column, width, columns);
+    sync_warp();
+  }
+  if (call.partials == nullptr) return;
+  const int64_t shares = 4 * ceil_div(call.ffn_width, kTileWidth);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (mine.row(half) >= mine.num_rows) continue;
+    const int64_t row = mine.first_row + mine.row(half);
+    call.partials[row * shares + 4 * (left / kTileWidth) + mine.lane % 4] = row_sums[half];
+  }
+}
+
+}  // namespace m1

@@ -1,0 +1,284 @@
+// Matrix products over rows grouped by expert, for sm_90a: TMA loads, wgmma, persistent blocks, SwiGLU in the epilogue.
+//
+// One kernel, six uses (Use below). Forward: gate_up with SwiGLU, then the product with down. Backward: d_y down with
+// the derivative of SwiGLU, the product with gate_up, two weight gradients whose depth is an expert's rows. Weights
+// are read as they lie, K-major or not: wgmma transposes either operand from shared memory. Sums have one fixed order.
+// Source: MiniMax-01 (arXiv 2501.08313), section 2.1; backward without Y: SonicMoE (arXiv 2512.14080), section 3.
+#include "grouped_epilogue.cuh"
+
+namespace m1 {
+namespace {
+
+enum class Use { kGateUp, kProduct, kProductTransposed, kDownBackward, kGradientFp32, kGradientBf16 };
+
+template <Use kUse>
+struct Traits {
+  static constexpr bool kGradient = kUse == Use::kGradientFp32 || kUse == Use::kGradientBf16;
+  static constexpr bool kLeftTransposed = kGradient;
+  static constexpr bool kRightTransposed =
+      kGradient || kUse == Use::kProductTransposed || kUse == Use::kDownBackward;
+  // The SwiGLU epilogues need all they can get; the walk of the gradients' loads does not fit in 24.
+  static constexpr int kLoadRegisters = kGradient ? 40 : 24;
+  static constexpr int kMultiplyRegisters = kGradient ? 232 : 240;
+  static_assert(kLoadRegisters + 2 * kMultiplyRegisters <= 3 * 168, "a block starts with 168 registers a thread");
+};
+
+template <typename Call>
+struct Parameters {
+  TensorMap left_map;
+  TensorMap right_map;
+  Call call;
+  int depth;    // of a product; a gradient's depth is its expert's rows
+  int height;   // of a gradient; a product's height is its expert's rows
+  int columns;
+};
+
+template <Use kUse, typename Call>
+M1_DEVICE auto tiles_of(const Parameters<Call>& p) {
+  if constexpr (Traits<kUse>::kGradient) {
+    return GradientTiles(p.call.group, p.height, p.columns);
+  } else {
+    return ProductTiles(p.call.group, p.columns, kUse == Use::kGateUp ? kTileWidth / 2 : kTileWidth);
+  }
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE int depth_of(const Parameters<Call>& p, const Tile& tile) {
+  return Traits<kUse>::kGradient ? tile.num_rows : p.depth;
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE void load_stage(const Parameters<Call>& p, const Tile& tile, const Ring& ring, int k) {
+  barrier_expect(ring.full(), kStageBytes);
+#pragma unroll
+  for (int box = 0; box < kLeftBoxes; ++box) {
+    const uint32_t to = ring.left() + box * kTileBytes;
+    if constexpr (Traits<kUse>::kLeftTransposed) {
+      tma_load_3d(to, &p.left_map, ring.full(), tile.top + 64 * box, tile.first_row + k, 0);
+    } else {
+      tma_load_3d(to, &p.left_map, ring.full(), k, tile.first_row + 64 * box, 0);
+    }
+  }
+#pragma unroll
+  for (int box = 0; box < kRightBoxes; ++box) {
+    const uint32_t to = ring.right() + box * kTileBytes;
+    if constexpr (Traits<kUse>::kGradient) {
+      tma_load_3d(to, &p.right_map, ring.full(), tile.left + 64 * box, tile.first_row + k, 0);
+    } else if constexpr (Traits<kUse>::kRightTransposed) {
+      tma_load_3d(to, &p.right_map, ring.full(), tile.left + 64 * box, k, tile.expert);
+    } else if constexpr (kUse == Use::kGateUp) {
+      // Boxes 0 and 1 are gate, 2 and 3 up: one thread then holds both of a place.
+      tma_load_3d(to, &p.right_map, ring.full(), k, tile.left + 64 * (box % 2), 2 * tile.expert + box / 2);
+    } else {
+      tma_load_3d(to, &p.right_map, ring.full(), k, tile.left + 64 * box, tile.expert);
+    }
+  }
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE void load_tiles(const Parameters<Call>& p, uint32_t base) {
+  Ring ring{base};
+  auto tiles = tiles_of<kUse>(p);
+  Tile tile;
+  for (int index = block_index(); tiles.find(index, tile); index += num_blocks()) {
+    const int depth = depth_of<kUse>(p, tile);
+    for (int k = 0; k < depth; k += kTileDepth, ring.advance()) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+      load_stage<kUse>(p, tile, ring, k);
+    }
+  }
+}
+
+// A gradient's depth ends inside a stage: what follows belongs to another expert and may be NaN, so it becomes zero.
+M1_DEVICE void zero_rows_from(const Ring& ring, int first_row, int thread) {
+  const int units = (kTileRows - first_row) * 8;
+  for (int i = thread; i < units * (kLeftBoxes + kRightBoxes); i += 256)
+    store_shared_zero16(ring.left() + i / units * kTileBytes + first_row * kRowBytes + i % units * 16);
+  fence_async_proxy();
+  sync_named(1, 256);
+}
+
+M1_DEVICE void release_stage(const Ring& ring, int lane) {
+  if (lane == 0) barrier_arrive(ring.empty());
+}
+
+template <Use kUse>
+M1_DEVICE void multiply_stage(float (&sums)[128], const Ring& ring, int half) {
+  constexpr int kLeft = Traits<kUse>::kLeftTransposed;
+  constexpr int kRight = Traits<kUse>::kRightTransposed;
+  const uint32_t left = ring.left() + half * kTileBytes;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kTileDepth / 16; ++step) {
+    const uint64_t a = kLeft ? n_major(left, step) : k_major(left, step);
+    const uint64_t b = kRight ? n_major(ring.right(), step) : k_major(ring.right(), step);
+    wgmma_shared<kLeft, kRight>(sums, a, b, 1);
+  }
+  wgmma_commit();
+}
+
+// Adds the tile's depth to sums; one product stays in flight while the next stage is awaited.
+template <Use kUse>
+M1_DEVICE void multiply_tile(float (&sums)[128], Ring& ring, int depth, int half, int lane) {
+  Ring previous = ring;
+  for (int k = 0; k < depth; k += kTileDepth) {
+    barrier_wait(ring.full(), ring.parity);
+    if constexpr (Traits<kUse>::kGradient) {
+      if (depth - k < kTileDepth) zero_rows_from(ring, depth - k, thread_index() - 128);
+    }
+    multiply_stage<kUse>(sums, ring, half);
+    if (k > 0) {
+      wgmma_wait<1>();
+      release_stage(previous, lane);
+    }
+    previous = ring;
+    ring.advance();
+  }
+  wgmma_wait<0>();
+  keep_in_place(sums);
+  if (depth > 0) release_stage(previous, lane);
+}
+
+// The half of a tile that lies below its rows: its stages pass by unread.
+M1_DEVICE void skip_tile(Ring& ring, int depth, int lane) {
+  for (int k = 0; k < depth; k += kTileDepth, ring.advance()) {
+    barrier_wait(ring.full(), ring.parity);
+    release_stage(ring, lane);
+  }
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE void store_result(const Parameters<Call>& p, const Tile& tile, const float (&sums)[128],
+                            const WarpRows& mine) {
+  if constexpr (kUse == Use::kGateUp) {
+    store_swiglu(sums, mine, p.call, tile.left);
+  } else if constexpr (kUse == Use::kDownBackward) {
+    store_swiglu_gradient(sums, mine, p.call, tile.left);
+  } else if constexpr (Traits<kUse>::kGradient) {
+    const int64_t offset = int64_t(tile.expert) * p.height * p.columns;
+    if constexpr (kUse == Use::kGradientFp32) {
+      add_tile(sums, mine, static_cast<float*>(p.call.grad) + offset, p.columns, tile.left);
+    } else {
+      store_tile(sums, mine, static_cast<uint16_t*>(p.call.grad) + offset, p.columns, tile.left);
+    }
+  } else {
+    store_tile(sums, mine, static_cast<uint16_t*>(p.call.out), p.columns, tile.left);
+  }
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE void multiply_tiles(const Parameters<Call>& p, uint32_t base) {
+  const int warp = uniform(thread_index() / 32) - 4;
+  const int lane = thread_index() % 32;
+  const int half = warp / 4;
+  Ring ring{base};
+  auto tiles = tiles_of<kUse>(p);
+  Tile tile;
+  for (int index = block_index(); tiles.find(index, tile); index += num_blocks()) {
+    const int depth = depth_of<kUse>(p, tile);
+    const int height = Traits<kUse>::kGradient ? p.height - tile.top : tile.num_rows;
+    // A tail whose depth is zeroed needs all 256 threads, so only products skip.
+    if (!Traits<kUse>::kGradient && 64 * half >= height) {
+      skip_tile(ring, depth, lane);
+      continue;
+    }
+    // Zeroed rather than overwritten by the first product: else the last tile's sums stay alive and spill.
+    float sums[128] = {};
+    multiply_tile<kUse>(sums, ring, depth, half, lane);
+    store_result<kUse>(p, tile, sums, warp_rows(base, warp, lane, tile.top, height));
+  }
+}
+
+template <Use kUse, typename Call>
+M1_KERNEL(kThreads) grouped_kernel(M1_GRID_CONSTANT Parameters<Call> p) {
+  const uint32_t base = shared_base();
+  if (thread_index() == 0) {
+    prefetch_map(&p.left_map);
+    prefetch_map(&p.right_map);
+    init_ring(base);
+  }
+  sync_block();
+  if (uniform(thread_index() / 128) == 0) {
+    release_registers<Traits<kUse>::kLoadRegisters>();
+    if (thread_index() == 0) load_tiles<kUse>(p, base);
+  } else {
+    acquire_registers<Traits<kUse>::kMultiplyRegisters>();
+    multiply_tiles<kUse>(p, base);
+  }
+}
+
+constexpr int kSumThreads = 128;
+
+// d_row_weights[row] = the sum of the row's shares, in order.
+M1_KERNEL(kSumThreads) sum_partials_kernel(M1_GRID_CONSTANT M1DownBackward call) {
+  const int row = block_index() * kSumThreads + thread_index();
+  if (row >= call.group.num_rows) return;
+  const int shares = 4 * ceil_div(call.ffn_width, kTileWidth);
+  const float* share = call.partials + int64_t(row) * shares;
+  float sum = 0.0f;
+  for (int i = 0; i < shares; ++i) sum += share[i];
+  call.d_row_weights[row] = sum;
+}
+
+// A stack of matrices of bf16, rows contiguous in their last dim; boxes of 64 x 64.
+int matrix_map(TensorMap* map, const void* address, int64_t columns, int64_t rows, int64_t stride_row, int64_t count) {
+  const uint64_t dims[3] = {uint64_t(columns), uint64_t(rows), uint64_t(count)};
+  const uint64_t strides_bytes[2] = {uint64_t(stride_row) * 2, uint64_t(stride_row) * uint64_t(rows) * 2};
+  return encode_map_3d(map, address, dims, strides_bytes, {64, 64, 1});
+}
+
+template <Use kUse, typename Call>
+int launch_grouped(const Parameters<Call>& p) {
+  const int blocks = p.call.group.num_multiprocessors;
+  return launch(grouped_kernel<kUse, Call>, blocks, kThreads, kSharedBytes, p.call.group.stream, p);
+}
+
+}  // namespace
+}  // namespace m1
+
+extern "C" int m1_grouped_gate_up_sm90(const M1GateUp* call) {
+  const M1Group& group = call->group;
+  m1::Parameters<M1GateUp> p = {{}, {}, *call, call->width, 0, call->ffn_width};
+  int status = m1::matrix_map(&p.left_map, call->x, call->width, group.num_rows, call->x_stride_row, 1);
+  if (status != 0) return status;
+  status = m1::matrix_map(&p.right_map, call->gate_up, call->width, call->ffn_width, call->width,
+                          2 * int64_t(group.num_experts));
+  return status != 0 ? status : m1::launch_grouped<m1::Use::kGateUp>(p);
+}
+
+extern "C" int m1_grouped_product_sm90(const M1GroupedProduct* call) {
+  const M1Group& group = call->group;
+  const int depth = call->depth, columns = call->columns;
+  m1::Parameters<M1GroupedProduct> p = {{}, {}, *call, depth, 0, columns};
+  int status = m1::matrix_map(&p.left_map, call->in, depth, group.num_rows, depth, 1);
+  if (status != 0) return status;
+  const int weight_columns = call->transposed ? columns : depth;
+  const int weight_rows = call->transposed ? depth : columns;
+  status = m1::matrix_map(&p.right_map, call->weight, weight_columns, weight_rows, weight_columns, group.num_experts);
+  if (status != 0) return status;
+  return call->transposed ? m1::launch_grouped<m1::Use::kProductTransposed>(p)
+                          : m1::launch_grouped<m1::Use::kProduct>(p);
+}
+
+extern "C" int m1_grouped_down_backward_sm90(const M1DownBackward* call) {
+  const M1Group& group = call->group;
+  m1::Parameters<M1DownBackward> p = {{}, {}, *call, call->width, 0, call->ffn_width};
+  int status = m1::matrix_map(&p.left_map, call->d_y, call->width, group.num_rows, call->width, 1);
+  if (status != 0) return status;
+  status = m1::matrix_map(&p.right_map, call->down, call->ffn_width, call->width, call->ffn_width, group.num_experts);
+  if (status == 0) status = m1::launch_grouped<m1::Use::kDownBackward>(p);
+  if (status != 0 || call->partials == nullptr) return status;
+  const int blocks = (group.num_rows + m1::kSumThreads - 1) / m1::kSumThreads;
+  return m1::launch(m1::sum_partials_kernel, blocks, m1::kSumThreads, 0, group.stream, *call);
+}
+
+extern "C" int m1_grouped_weight_gradient_sm90(const M1WeightGradient* call) {
+  const M1Group& group = call->group;
+  m1::Parameters<M1WeightGradient> p = {{}, {}, *call, 0, call->left_columns, call->right_columns};
+  int status = m1::matrix_map(&p.left_map, call->left, call->left_columns, group.num_rows, call->left_columns, 1);
+  if (status != 0) return status;
+  status = m1::matrix_map(&p.right_map, call->right, call->right_columns, group.num_rows, call->right_stride_row, 1);
+  if (status != 0) return status;
+  return call->accumulate_fp32 ? m1::launch_grouped<m1::Use::kGradientFp32>(p)
+                               : m1::launch_grouped<m1::Use::kGradientBf16>(p);
+}

@@ -1,0 +1,158 @@
+// What the grouped products share: tile sizes, the shared-memory ledger, the walk over tiles, and the load pipeline.
+//
+// A block computes tiles of 128 rows x 256 columns, 64 deep per stage: warpgroup 0 loads, warpgroups 1 and 2 multiply 64
+// rows each. Experts' rows are not padded: a tile that reaches into the next expert computes rows it never stores.
+#pragma once
+
+#include "launch.h"
+
+#include "tile.cuh"
+
+namespace m1 {
+
+constexpr int kTileHeight = 128;
+constexpr int kTileWidth = 256;
+constexpr int kTileDepth = 64;
+constexpr int kThreads = 384;
+constexpr int kWarpsThatMultiply = 8;
+constexpr int kStages = 4;
+constexpr int kLeftBoxes = kTileHeight / 64;
+constexpr int kRightBoxes = kTileWidth / 64;
+
+// Shared memory, bytes:              per stage          total
+//   left  2 boxes of 64 x 64 bf16     16384              65536
+//   right 4 boxes of 64 x 64 bf16     32768             131072
+//   staging of results, 8 warps x 3 x 16 rows x 80 bytes 30720
+//   barriers full, empty, 4 each, 8 bytes                   64
+//   sum                                                 227392   (limit 232448)
+constexpr uint32_t kStageBytes = (kLeftBoxes + kRightBoxes) * kTileBytes;
+constexpr uint32_t kStagingPitchBytes = 80;
+constexpr uint32_t kStagingRows = 16;
+constexpr uint32_t kStagingBytes = kStagingRows * kStagingPitchBytes;
+constexpr uint32_t kStagingPerWarp = 3 * kStagingBytes;
+constexpr uint32_t kStagingOffset = kStages * kStageBytes;
+constexpr uint32_t kBarrierOffset = kStagingOffset + kWarpsThatMultiply * kStagingPerWarp;
+constexpr uint32_t kSharedBytes = kBarrierOffset + 2 * kStages * 8;
+static_assert(kSharedBytes == 227392, "the ledger above tells the truth");
+static_assert(kSharedBytes <= 232448, "a Hopper block has 227 KiB");
+static_assert(kStageBytes % kSwizzlePeriodBytes == 0, "every stage starts on the swizzle's period");
+
+M1_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The rows of one expert after another, clamped to the rows there are.
+class ExpertRows {
+ public:
+  M1_DEVICE explicit ExpertRows(const M1Group& group) : group_(group) { read(); }
+  M1_DEVICE bool valid() const { return expert_ < group_.num_experts; }
+  M1_DEVICE int expert() const { return expert_; }
+  M1_DEVICE int first_row() const { return first_row_; }
+  M1_DEVICE int num_rows() const { return num_rows_; }
+  M1_DEVICE void next() {
+    first_row_ += num_rows_;
+    ++expert_;
+    read();
+  }
+
+ private:
+  M1_DEVICE void read() {
+    if (!valid()) return;
+    const int64_t rows = group_.rows_per_expert[expert_];
+    const int64_t left = group_.num_rows - first_row_;
+    num_rows_ = int(rows < 0 ? 0 : rows < left ? rows : left);
+  }
+
+  const M1Group& group_;
+  int expert_ = 0;
+  int first_row_ = 0;
+  int num_rows_ = 0;
+};
+
+// One tile of work: output rows and columns for products, rows of the gradient and its columns for weight gradients.
+struct Tile {
+  int expert;
+  int first_row;     // of the expert's rows that the tile touches
+  int num_rows;      // of them
+  int top, left;     // first row and column of the tile in its output matrix
+};
+
+// The tiles of a product over row groups, row tiles fastest, so that a weight tile is read from memory once.
+class ProductTiles {
+ public:
+  M1_DEVICE ProductTiles(const M1Group& group, int columns, int columns_per_tile)
+      : rows_(group), columns_per_tile_(columns_per_tile), column_tiles_(ceil_div(columns, columns_per_tile)) {}
+  // Finds tile `index`; calls must ascend. False after the last.
+  M1_DEVICE bool find(int index, Tile& tile) {
+    for (; rows_.valid(); rows_.next()) {
+      const int row_tiles = ceil_div(rows_.num_rows(), kTileHeight);
+      const int local = index - first_tile_;
+      if (local < row_tiles * column_tiles_) {
+        const int offset = local % row_tiles * kTileHeight;
+        const int rest = rows_.num_rows() - offset;
+        tile = {rows_.expert(), rows_.first_row() + offset, rest < kTileHeight ? rest : kTileHeight,
+                rows_.first_row() + offset, local / row_tiles * columns_per_tile_};
+        return true;
+      }
+      first_tile_ += row_tiles * column_tiles_;
+    }
+    return false;
+  }
+
+ private:
+  ExpertRows rows_;
+  int columns_per_tile_;
+  int column_tiles_;
+  int first_tile_ = 0;
+};
+
+// The tiles of the experts' weight gradients; every expert has all of them, its rows are the depth.
+class GradientTiles {
+ public:
+  M1_DEVICE GradientTiles(const M1Group& group, int height, int width)
+      : rows_(group), row_tiles_(ceil_div(height, kTileHeight)), column_tiles_(ceil_div(width, kTileWidth)) {}
+  M1_DEVICE bool find(int index, Tile& tile) {
+    const int tiles = row_tiles_ * column_tiles_;
+    while (rows_.valid() && index - first_tile_ >= tiles) {
+      first_tile_ += tiles;
+      rows_.next();
+    }
+    if (!rows_.valid()) return false;
+    const int local = index - first_tile_;
+    tile = {rows_.expert(), rows_.first_row(), rows_.num_rows(), local % row_tiles_ * kTileHeight,
+            local / row_tiles_ * kTileWidth};
+    return true;
+  }
+
+ private:
+  ExpertRows rows_;
+  int row_tiles_;
+  int column_tiles_;
+  int first_tile_ = 0;
+};
+
+// Position in the ring of stages; goes on from tile to tile.
+struct Ring {
+  uint32_t base;
+  uint32_t stage = 0;
+  uint32_t parity = 0;
+
+  M1_DEVICE uint32_t left() const { return base + stage * kStageBytes; }
+  M1_DEVICE uint32_t right() const { return left() + kLeftBoxes * kTileBytes; }
+  M1_DEVICE uint32_t full() const { return base + kBarrierOffset + stage * 8; }
+  M1_DEVICE uint32_t empty() const { return full() + kStages * 8; }
+  M1_DEVICE void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+M1_DEVICE void init_ring(uint32_t base) {
+  Ring ring{base};
+  for (int i = 0; i < kStages; ++i, ring.advance()) {
+    barrier_init(ring.full(), 1);
+    barrier_init(ring.empty(), kWarpsThatMultiply);
+  }
+  fence_barrier_init();
+}
+
+}  // namespace m1
