@@ -1,0 +1,319 @@
+"""The checkpoints of a run: save (also in the background), publish, load under any layout, verify, prune.
+
+Tensors are stored under logical names with global shapes (`parallel/shards.py`), so any layout loads any
+checkpoint. A checkpoint exists from the moment its finished directory gets its name (`parallel/manifest.py`).
+
+A background save is written by a forked child. Fork gives it a snapshot of host memory, so the trainer may go on
+changing its parameters; tensors of a GPU are copied to the host first. At most one save is in flight: the next one
+waits for it. Whatever fails on one rank is raised on every rank, with the same message.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from torch.distributed.checkpoint.metadata import Metadata
+
+from parallel import manifest as disk
+from parallel import shards
+from parallel.agreement import Agreement
+from parallel.background import BackgroundCall
+from parallel.groups import Groups
+from parallel.manifest import CheckpointError, Entry, Manifest
+
+_LOG = logging.getLogger(__name__)
+_LONGEST_WAIT_S = 5.0
+_MAKE_ROOM = (
+    "the directory must be writable and have room: free space, lower checkpoint.keep or choose another run_dir, "
+    "then resume; the previous checkpoint is untouched"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved, how many stay, and how they are written."""
+
+    every_steps: int = 500
+    """Steps between two saves; 0 saves only at the end of a run."""
+    keep: int = 3
+    """Newest checkpoints that stay on disk; 0 keeps all."""
+    asynchronous: bool = True
+    """Write while training goes on; costs up to one more copy of the state in host memory."""
+    writer_timeout_s: float = 3600.0
+    """A background writer that has not finished after this many seconds is ended and the run stops."""
+
+    def __post_init__(self) -> None:
+        for name, meaning in (("every_steps", "save only at the end"), ("keep", "keep all")):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"checkpoint.{name}={getattr(self, name)} is negative: it must be 0 or more; "
+                    f"set checkpoint.{name}=0 to {meaning}"
+                )
+        if self.writer_timeout_s <= 0:
+            raise ValueError(
+                f"checkpoint.writer_timeout_s={self.writer_timeout_s} is not a time: it must be above 0 seconds; "
+                "use several times what a save takes"
+            )
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A save between its plan and its publication."""
+
+    step: int
+    directory: Path
+    staged_bytes: int
+    """What this rank writes."""
+    metadata: Metadata | None
+    """megatron-core's description of the whole; on rank 0 only."""
+    extra: dict[str, Any]
+    call: BackgroundCall
+
+
+class CheckpointStore:
+    """All checkpoints of one run. A method that is not marked local is collective over all ranks."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, groups: Groups) -> None:
+        """Open the store, and delete what dead saves left in it.
+
+        Raises:
+            CheckpointError: the directory cannot be created or written.
+        """
+        self.directory = Path(directory)
+        self._config = config
+        self._groups = groups
+        self._agreement = Agreement(groups.device, CheckpointError, self._text_of)
+        self._is_first = dist.get_rank() == 0
+        self._flight: _Flight | None = None
+        self._spread = shards.ReplicaSpread(groups.collection.dp_cp)
+        cleaned = self._agreement.on_first_rank(self._open)
+        if cleaned:
+            _LOG.info("deleted leftovers of unfinished saves in %s: %s", self.directory, ", ".join(cleaned))
+
+    def _open(self) -> list[str]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return disk.clean(self.directory)
+
+    def save(self, step: int, sharded_state: ShardedStateDict, extra: dict[str, Any]) -> None:
+        """Save a state; with `asynchronous` return once it is staged. Waits for a save that is in flight.
+
+        step: optimizer steps done. sharded_state: nested dict of ShardedTensors (and their factories).
+        extra: JSON values; rank 0's are kept.
+
+        Raises:
+            CheckpointError: this save, or the one waited for, failed on some rank.
+        """
+        self.wait()
+        tensors, _ = self._agreement.everywhere(lambda: shards.extract_tensors(sharded_state))
+        if self._agreement.any(self._spread.is_new(tensors))[0]:
+            everywhere = self._spread.learn(tensors)
+            # megatron-core checks on rank 0 only; the others must hear of it
+            self._agreement.on_first_rank(lambda: shards.check_coverage(everywhere))
+        self._spread.apply(tensors)
+        directory = self._agreement.on_first_rank(lambda: self._begin(step, extra))
+        try:
+            self._agreement.everywhere(lambda: directory.mkdir(exist_ok=True))
+            writer, metadata = shards.plan_save(tensors, directory)
+            self._check_space(writer.staged_bytes)
+        except CheckpointError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        call = BackgroundCall(lambda: writer.write(directory), fork=self._config.asynchronous)
+        writer.release()
+        self._flight = _Flight(step, directory, writer.staged_bytes, metadata, extra, call)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def _begin(self, step: int, extra: dict[str, Any]) -> Path:
+        json.dumps(extra, allow_nan=False)
+        directory = disk.partial_path(self.directory, step, secrets.token_hex(4))
+        directory.mkdir()
+        return directory
+
+    def _check_space(self, own_bytes: int) -> None:
+        """Refuse a save that cannot fit before a byte of it is written."""
+        needed_bytes, free_bytes = self._agreement.sum(own_bytes), _free_bytes(self.directory)
+        problem = ""
+        if needed_bytes > free_bytes:
+            problem = (
+                f"a checkpoint in {self.directory} needs {needed_bytes} bytes: {free_bytes} bytes are free there; "
+                f"{_MAKE_ROOM}"
+            )
+        self._agreement.raise_if_any(problem)
+
+    def poll(self) -> int | None:
+        """Publish the save in flight if every rank has written its part; call it once per step.
+
+        Returns: the step that became a checkpoint, else None. No communication when nothing is in flight.
+
+        Raises:
+            CheckpointError: the save failed on some rank; what there is of it is deleted.
+        """
+        return self._advance(block=False)
+
+    def wait(self) -> int | None:
+        """Like `poll`, but waits for the writers. Call it before the process group ends."""
+        return self._advance(block=True)
+
+    def _advance(self, *, block: bool) -> int | None:
+        flight = self._flight
+        if flight is None:
+            return None
+        running = True
+        while running:
+            if block:
+                # in short waits, so that no rank sits in one collective for as long as another one writes
+                flight.call.wait(min(_LONGEST_WAIT_S, self._config.writer_timeout_s))
+            problem = self._writer_problem(flight)
+            running, failed = self._agreement.any(flight.call.running, bool(problem))
+            if failed:
+                self._give_up(flight, problem)
+            if running and not block:
+                return None
+        self._flight = None
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(flight.call.result, reports if self._is_first else None)
+        try:
+            self._agreement.on_first_rank(lambda: self._publish(flight, reports))
+        except CheckpointError as error:
+            self._give_up(flight, str(error))
+        self.prune()
+        return flight.step
+
+    def _publish(self, flight: _Flight, reports: list[dict[str, Any]]) -> None:
+        assert flight.metadata is not None, "rank 0 plans the whole"
+        files = [disk.FileRecord(*record) for report in reports for record in report["files"]]
+        files += shards.write_index(flight.directory, flight.metadata, reports)
+        table = shards.logical_table(shards.read_table(flight.directory))
+        disk.write_manifest(
+            flight.directory,
+            Manifest(
+                step=flight.step,
+                files=tuple(files),
+                tensors_sha256=disk.sha256_of_json(table),
+                layout=asdict(self._groups.layout),
+                versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+                extra=flight.extra,
+            ),
+        )
+        disk.publish(flight.directory, self.directory, flight.step)
+
+    def _give_up(self, flight: _Flight, problem: str) -> None:
+        """Delete what there is of a save (it may be what fills the disk) and raise why on every rank."""
+        flight.call.end()
+        self._flight = None
+        if self._is_first:
+            shutil.rmtree(flight.directory, ignore_errors=True)
+        self._agreement.raise_if_any(problem)
+
+    def _writer_problem(self, flight: _Flight) -> str:
+        """Why this rank's part of a save cannot be had; empty while there is hope."""
+        if not flight.call.running and flight.call.problem:
+            return (
+                f"rank {dist.get_rank()} cannot write its part of {flight.directory}: {flight.call.problem}; it needs "
+                f"{flight.staged_bytes} bytes, {_free_bytes(self.directory)} bytes are free; {_MAKE_ROOM}"
+            )
+        if flight.call.running and flight.call.seconds > self._config.writer_timeout_s:
+            return (
+                f"the writer of rank {dist.get_rank()} has been at {flight.directory} for "
+                f"{flight.call.seconds:.0f} s: allowed are checkpoint.writer_timeout_s="
+                f"{self._config.writer_timeout_s:g}; check the file system, or raise the limit; "
+                "the previous checkpoint is untouched"
+            )
+        return ""
+
+    def load(
+        self, step: int, template: ShardedStateDict, *, verify: bool = True, ignore: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Load a checkpoint, saved under any layout, into this layout.
+
+        template: nested dict of ShardedTensors; one with data is filled in place, others get a new CPU tensor.
+        verify: check the hashes of all files first, each rank a share. ignore: prefixes of keys that the
+        checkpoint may have and the template need not ("optimizer." to load weights only).
+
+        Returns: the template's structure with tensors as leaves, and `extra` as it was saved.
+
+        Raises:
+            CheckpointError: not complete, a damaged file, or tensors that are missing, unexpected or of another
+                shape or dtype, by name.
+        """
+        path = disk.step_path(self.directory, step)
+        found = self._agreement.everywhere(lambda: disk.read_manifest(path))
+        own = found.files[dist.get_rank() :: dist.get_world_size()] if verify else ()
+        self._agreement.everywhere(lambda: disk.check_files(path, found.files, hashed=False))
+        self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=True))
+        table = self._agreement.everywhere(lambda: shards.read_table(path))
+        tensors, _ = self._agreement.everywhere(lambda: shards.extract_tensors(template))
+        by_rank: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, shards.wanted_table(tensors))
+        wanted = {key: entry for rank in by_rank for key, entry in rank.items()}
+        shards.check_fit(path, shards.logical_table(table), wanted, tuple(ignore))
+        state = self._agreement.everywhere(lambda: shards.read_tensors(template, path, table))
+        return state, found.extra
+
+    def entries(self) -> list[Entry]:
+        """Every checkpoint by ascending step, complete or not. Local."""
+        return disk.list_checkpoints(self.directory)
+
+    def newest_complete(self) -> int | None:
+        """Step of the newest checkpoint that may be resumed from, as rank 0 sees it; None if there is none."""
+        newest, passed_over = self._agreement.on_first_rank(self._newest_complete)
+        for problem in passed_over:
+            _LOG.warning("not resumed from: %s", problem)
+        return newest
+
+    def _newest_complete(self) -> tuple[int | None, list[str]]:
+        passed_over: list[str] = []
+        for entry in reversed(self.entries()):
+            if entry.complete:
+                return entry.step, passed_over
+            passed_over.append(entry.problem)
+        return None, passed_over
+
+    def verify(self, step: int) -> Manifest:
+        """Check sizes and hashes of all files of a checkpoint; its manifest. Local, reads everything.
+
+        Raises:
+            CheckpointError: naming the first damaged file.
+        """
+        path = disk.step_path(self.directory, step)
+        found = disk.read_manifest(path)
+        disk.check_files(path, found.files, hashed=True)
+        return found
+
+    def prune(self) -> list[int]:
+        """Delete all but the newest `keep` complete checkpoints; the deleted steps. Others are not touched."""
+        return self._agreement.on_first_rank(self._prune) if self._config.keep else []
+
+    def _prune(self) -> list[int]:
+        complete = [entry.step for entry in self.entries() if entry.complete]
+        doomed = complete[: -self._config.keep]
+        for step in doomed:
+            disk.remove(self.directory, step, secrets.token_hex(4))
+        return doomed
+
+    def _text_of(self, error: Exception) -> str:
+        """A local error as the message that every rank raises."""
+        if isinstance(error, CheckpointError):
+            return str(error)
+        where = f"rank {dist.get_rank()} on checkpoints in {self.directory}"
+        if isinstance(error, OSError):
+            return f"{where}: {error}; {_free_bytes(self.directory)} bytes are free there; {_MAKE_ROOM}"
+        return f"{where}: {type(error).__name__}: {error}"
+
+
+def _free_bytes(directory: Path) -> int:
+    """Free bytes of the file system that a directory is on, or would be on if it existed."""
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    return shutil.disk_usage(existing).free

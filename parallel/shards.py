@@ -1,0 +1,342 @@
+"""Tensors of a checkpoint <-> files, in megatron-core's torch_dist format. No directories, no manifest, no
+agreement.
+
+megatron-core plans (which rank writes which piece of which logical tensor); the writing is ours, so that
+every byte is hashed as it is written, in one pass, by a function that can run in a forked child: it uses no
+collective, no queue and no other process. (Upstream's writer starts a manager process and hangs when a writer
+dies or psutil is missing.)
+
+Nothing here unpickles: upstream's `.metadata` and `common.pt` are written, so that its tools can read our
+checkpoints, and never read. We read `tensors.json` and the tensors themselves (torch.load with weights_only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+)
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from parallel.manifest import CheckpointError, FileRecord, sha256_of_json, write_durably
+
+TABLE_NAME = "tensors.json"
+_UPSTREAM_NAMES = (".metadata", "metadata.json", "common.pt")
+
+
+class ShardWriter(FileSystemWriterAsync):
+    """megatron-core's storage writer up to the plan; what is planned is then written by `write`."""
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Stage this rank's pieces in host memory; upstream's version also starts a manager process."""
+        self.file_name = f"{plan.storage_data.prefix}0.distcp"
+        self.items = [(item, _on_host(planner.resolve_data(item))) for item in plan.items]
+        self.staged_bytes = sum(tensor.nbytes for _, tensor in self.items)
+
+    def release(self) -> None:
+        """Drop the staged pieces; a child that was forked before keeps its own."""
+        self.items = []
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write, flush and hash this rank's file. Safe in a forked child.
+
+        Returns: JSON: the file's record and where each piece lies in it; an empty list of files if nothing is
+        ours.
+        """
+        if not self.items:
+            return {"files": [], "pieces": []}
+        with (directory / self.file_name).open("wb", buffering=0) as raw:
+            stream = _HashingStream(raw)
+            results = [
+                _write_item(self.transforms, stream, data, item, self.file_name, SerializationFormat.TORCH_SAVE)
+                for item, data in self.items
+            ]
+            os.fsync(raw.fileno())
+        record = FileRecord(self.file_name, stream.tell(), stream.digest.hexdigest())
+        pieces = [
+            [result.index.fqn, list(result.index.offset), result.storage_data.offset, result.storage_data.length]
+            for result in results
+        ]
+        return {"files": [[record.name, record.bytes, record.sha256]], "pieces": pieces}
+
+
+class _HashingStream(io.RawIOBase):
+    """A file that hashes what passes through; sequential writes only."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._position = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        written = 0
+        while written < len(view):
+            # an unbuffered write may take less than it is given, on every file system (2 GiB on Linux)
+            written += self._raw.write(view[written:]) or 0
+        self._position += written
+        return written
+
+    def tell(self) -> int:
+        return self._position
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory with storage of its own size; a CPU tensor that has that already is not copied."""
+    tensor = tensor.detach().to("cpu")
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+class ReplicaSpread:
+    """Which of the ranks that hold the same piece writes it: spread evenly, not all of it on the first of them."""
+
+    def __init__(self, replicas: torch.distributed.ProcessGroup) -> None:
+        self._group = replicas
+        self._known = ""
+        self._distribution: Any = None
+
+    def is_new(self, tensors: dict[str, Any]) -> bool:
+        """Whether these are other tensors than those last learned. Local."""
+        return self._fingerprint(tensors) != self._known
+
+    def learn(self, tensors: dict[str, Any]) -> list[list[ShardedTensor]]:
+        """Spread these tensors; what all ranks hold, for `check_coverage`. Collective."""
+        self._distribution = determine_main_replica_uniform_distribution(tensors, self._group)
+        self._known = self._fingerprint(tensors)
+        return determine_global_metadata(tensors)[1]
+
+    def apply(self, tensors: dict[str, Any]) -> None:
+        """Mark in `tensors`, in place, what this rank writes. Local."""
+        distribute_main_replicas_with_precomputed_distribution(tensors, self._group, self._distribution)
+
+    @staticmethod
+    def _fingerprint(tensors: dict[str, Any]) -> str:
+        return sha256_of_json(sorted(str(leaf.without_data()) for leaf in leaves(tensors)))
+
+
+def check_coverage(everywhere: list[list[ShardedTensor]]) -> None:
+    """Every element of every logical tensor has exactly one main replica.
+
+    Raises:
+        CheckpointError: it has none or several; an error of whoever named and placed the tensors.
+    """
+    try:
+        validate_sharding_integrity(everywhere)
+    except (CheckpointingException, AssertionError) as error:
+        raise CheckpointError(
+            f"the tensors of this model do not cover themselves exactly once ({error}): every piece must have one "
+            "main replica over all ranks; correct the sharded_state_dict of the module that it names"
+        ) from error
+
+
+def plan_save(tensors: dict[str, Any], directory: Path) -> tuple[ShardWriter, Metadata | None]:
+    """Agree on which rank writes what and stage it; collective over the default process group.
+
+    tensors: flat or nested dict whose leaves are ShardedTensors (factories already applied).
+
+    Returns: this rank's writer and, on rank 0, upstream's description of the whole.
+    """
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    planned = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(flat, is_loading=False),
+        ShardWriter(str(directory)),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    writer, metadata, _ = planned[0]
+    return writer, metadata
+
+
+def write_index(directory: Path, metadata: Metadata, reports: list[dict[str, Any]]) -> list[FileRecord]:
+    """Write the files that describe the tensors, ours and upstream's, on one rank; their records.
+
+    reports: what `ShardWriter.write` returned, by rank.
+    """
+    results, places = [], {}
+    for report in reports:
+        (name, _, _) = report["files"][0] if report["files"] else ("", 0, "")
+        for key, offset, start, length in report["pieces"]:
+            places[key, tuple(offset)] = [name, start, length]
+            info = _StorageInfo(name, start, length)
+            results.append(WriteResult(MetadataIndex(key, offset), length, info))
+    table = {
+        key: {
+            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+            "shape": list(tensor.size),
+            "pieces": [
+                [list(chunk.offsets), list(chunk.sizes), *places[key, tuple(chunk.offsets)]]
+                for chunk in tensor.chunks
+            ],
+        }
+        for key, tensor in metadata.state_dict_metadata.items()
+    }
+    record = write_durably(directory / TABLE_NAME, json.dumps(table, sort_keys=True).encode())
+    FileSystemWriterAsync(str(directory)).finish(metadata, [results])
+    TorchCommonSaveStrategy("torch", 1).save_common({}, str(directory))
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    return [record, *(_flushed_record(directory / name) for name in _UPSTREAM_NAMES)]
+
+
+def _flushed_record(path: Path) -> FileRecord:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+        content = stream.read()
+    return FileRecord(path.name, len(content), hashlib.sha256(content).hexdigest())
+
+
+class _Reader(torch_checkpoint.FileSystemReader):
+    """Reads pieces by our own table instead of upstream's pickled metadata."""
+
+    def __init__(self, directory: Path, table: dict[str, Any]) -> None:
+        super().__init__(str(directory))
+        self._table = table
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        tensors, places = {}, {}
+        for key, entry in self._table.items():
+            chunks = []
+            for offsets, sizes, name, start, length in entry["pieces"]:
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                places[MetadataIndex(key, offsets)] = _StorageInfo(name, start, length)
+            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return Metadata(tensors, storage_data=places)
+
+
+def read_table(directory: Path) -> dict[str, Any]:
+    """The tensor table of a checkpoint: key -> dtype, shape, pieces."""
+    return json.loads((directory / TABLE_NAME).read_bytes())
+
+
+def leaves(tensors: dict[str, Any]) -> list[ShardedTensor]:
+    """The ShardedTensors of a nested dict, in its order."""
+    return list(nested_values(tensors))
+
+
+def wanted_table(tensors: dict[str, Any]) -> dict[str, list[Any]]:
+    """key -> dtype, global shape of the sharded tensors of this rank, as `logical_table` has them."""
+    return {
+        leaf.key: [str(leaf.dtype).removeprefix("torch."), list(leaf.global_shape)] for leaf in leaves(tensors)
+    }
+
+
+def check_fit(
+    path: Path, stored: dict[str, list[Any]], wanted: dict[str, list[Any]], ignore: tuple[str, ...]
+) -> None:
+    """Refuse a checkpoint whose logical tensors are not the wanted ones; keys with an ignored prefix may be left.
+
+    Raises:
+        CheckpointError: naming the missing, the unexpected, and those of another dtype or shape.
+    """
+    unexpected = (key for key in sorted(stored.keys() - wanted.keys()) if not key.startswith(ignore or ("\0",)))
+    problems = [
+        *(f"{key} is not in it" for key in sorted(wanted.keys() - stored.keys())),
+        *(f"{key} is in it and not in this model" for key in unexpected),
+        *(
+            f"{key} is {stored[key]} in it and {wanted[key]} here"
+            for key in sorted(wanted.keys() & stored.keys())
+            if wanted[key] != stored[key]
+        ),
+    ]
+    if problems:
+        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+        raise CheckpointError(
+            f"{path} does not fit this model, {len(problems)} tensors differ ({shown}): names, dtypes and global "
+            "shapes must be equal; use the model and training sections of the run file that it was saved with"
+        )
+
+
+def logical_table(table: dict[str, Any]) -> dict[str, list[Any]]:
+    """What of a tensor table does not depend on the layout: key -> dtype, global shape."""
+    return {key: [entry["dtype"], entry["shape"]] for key, entry in table.items()}
+
+
+def extract_tensors(state: ShardedStateDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ShardedTensors of a state, factories applied, and the factories that put loaded pieces together
+    again.
+
+    Empty `_extra_state` objects (what layers without FP8 have) are left out.
+
+    Raises:
+        TypeError: another leaf that is not a tensor: it would have to be unpickled on load.
+    """
+    leaves, _, factories = load_preprocess(state)
+    tensors, others = extract_matching_values(leaves, lambda leaf: isinstance(leaf, ShardedTensor))
+    for leaf in nested_values(others):
+        if not (isinstance(leaf, ShardedObject) and leaf.key.endswith("_extra_state") and _is_empty(leaf.data)):
+            raise TypeError(
+                f"{leaf!r} is in the state of a checkpoint: only sharded tensors are stored, since an object would "
+                "have to be unpickled on load; put plain values into `extra` and tensors into a ShardedTensor"
+            )
+    # copies, since a save and a load write into these objects; the data stay shared
+    return dict_list_map_outplace(replace, tensors), factories
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, io.BytesIO):
+        return not value.getbuffer().nbytes
+    return value is None or (torch.is_tensor(value) and not value.numel())
+
+
+def read_tensors(template: ShardedStateDict, directory: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """Fill a template; no collective. A leaf with data is filled in place, one without gets a new CPU tensor.
+
+    Returns: the template's structure with plain tensors as leaves.
+    """
+    tensors, factories = extract_tensors(template)
+    flat, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(tensors)
+    wanted = mcore_to_pyt_state_dict(flat, is_loading=True)
+    torch_checkpoint.load(
+        wanted, storage_reader=_Reader(directory, table), planner=MCoreLoadPlanner(), no_dist=True
+    )
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
+    nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_names, renamed)
+    return apply_factory_merges(nested, factories)
+
