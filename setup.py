@@ -20,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("kernels_cuda", "parallel", "megatron_m1", "data_pipeline")
 SWITCH = os.environ.get("M1_BUILD_KERNELS", "auto")
-EDITABLE = "editable_wheel" in sys.argv or "develop" in sys.argv
+# Only these commands build anything; setup.py also runs for metadata alone.
+WHEEL, EDITABLE = "bdist_wheel" in sys.argv, "editable_wheel" in sys.argv
 
 
 def kernel_build() -> ModuleType:
@@ -37,11 +38,11 @@ def wants_kernels() -> bool:
     """Whether this build compiles the CUDA kernels; says once what is missing where it cannot."""
     if SWITCH not in ("auto", "0", "1"):
         raise SystemExit(f"M1_BUILD_KERNELS={SWITCH!r} is not a build switch: set it to 0, 1 or auto")
-    if SWITCH == "1":
-        return True
-    if SWITCH == "0" or EDITABLE:
+    if SWITCH == "0" or not (WHEEL or (EDITABLE and SWITCH == "1")):
         return False
     reason = kernel_build().missing_for_build()
+    if reason is not None and SWITCH == "1":
+        raise SystemExit(f"M1_BUILD_KERNELS=1, but the kernels cannot be built: {reason}")
     if reason is not None:
         print(f"megatron-m1: no CUDA kernels in this wheel, the CPU path is complete ({reason})")
     return reason is None
@@ -50,8 +51,12 @@ def wants_kernels() -> bool:
 class BuildKernels(build_ext):
     """Compiles the kernel library with kernels_cuda/build.py, beside the package's Python files."""
 
-    def build_extension(self, ext: Extension) -> None:
-        kernel_build().build_library(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+    def run(self) -> None:
+        folder = ROOT if EDITABLE else Path(self.build_lib)
+        self.library = kernel_build().build_library(folder.resolve() / "kernels_cuda")
+
+    def get_outputs(self) -> list[str]:
+        return [str(self.library)]
 
 
 class StableAbiWheel(bdist_wheel):
