@@ -112,8 +112,8 @@ def json_from_model(model: ModelConfig, dialect: Dialect, *, max_position_embedd
     Args:
         model: ours.
         dialect: whose names to write.
-        max_position_embeddings: longest context in tokens the weights were trained for; a statement, the model
-            computes nothing with it.
+        max_position_embeddings: longest context in tokens the weights were trained for; the model computes
+            nothing with it.
 
     Raises:
         ValueError: heads whose decays the native class would compute differently.

@@ -1,6 +1,6 @@
 """The oracle: a tiny random MiniMax model of the transformers library, with its rotary defect repaired.
 
-The native class rotates whole heads; MiniMax's own code rotates the first rotary_dim channels. Everything else
+The native class rotates whole heads, MiniMax's own code the first rotary_dim channels. Everything else
 of it agrees with MiniMax's code, so with that one repair it is the reference for logits, gradients and files.
 """
 

@@ -21,9 +21,9 @@ from megatron_m1.model.hybrid import HybridModel, build_model
 from megatron_m1.model.norm import AllHeadsRMSNorm
 from megatron_m1.model.packed import Packed
 from tests.interop import native
+from tests.interop.rank_task import ROTARY_DIM
 
 LENGTHS = [70, 33, 1, 100]
-ROTARY_DIM = 8
 
 
 @pytest.fixture
