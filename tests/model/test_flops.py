@@ -1,0 +1,162 @@
+"""Operations and parameters by formula equal a counted forward pass and the published numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels_cuda.lightning.chunked import chunk_tokens_for, lightning_scan
+from kernels_cuda.moe import experts
+from megatron_m1.model.config import ModelConfig
+from megatron_m1.model.flops import count_flops, count_parameters, peak_flops_per_s, training_flops_per_token
+from megatron_m1.model.hybrid import build_model
+from megatron_m1.model.packed import Packed
+
+TINY = ModelConfig(
+    num_layers=4, softmax_every=4, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=8,
+    ffn_size=40, vocab_size=96, auxiliary_coefficient=0.0,
+)  # fmt: skip
+M1_456B = ModelConfig(
+    num_layers=80, softmax_every=8, hidden_size=6144, num_heads=64, num_kv_heads=8, head_dim=128, rotary_dim=64,
+    num_experts=32, experts_per_token=2, ffn_size=9216, vocab_size=200064,
+)  # fmt: skip
+
+
+def counted(kernel):
+    """A formula for FlopCounterMode that counts the products which the CPU implementation of an operator runs."""
+
+    def count(*arguments, out_val, **named):
+        with FlopCounterMode(display=False) as inner:
+            kernel(*arguments, **named)
+        return inner.get_total_flops()
+
+    count._get_raw = True
+    return count
+
+
+def scan(q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True):
+    borders = tuple(cu_seqlens.tolist())
+    return lightning_scan(q, k, v, slopes, state_in, borders, reverse, scale, output_state)
+
+
+def counter() -> FlopCounterMode:
+    ops = torch.ops.m1
+    formulas = {
+        ops.lightning_attention: counted(scan),
+        ops.grouped_mlp: counted(
+            lambda x, gate_up, down, rows, weights, *_: experts.grouped_forward(
+                x, gate_up, down, rows, weights
+            )
+        ),
+        ops.grouped_mlp_backward: counted(
+            lambda d_y, x, hidden, gate_up, down, rows, weights, *_: experts.grouped_backward(
+                d_y, x, hidden, weights, rows, (gate_up, None), (down, None)
+            )
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_forward_and_backward(lengths: list[int], alone) -> tuple[dict, dict]:
+    (model,) = build_model(TINY, alone)
+    packed = Packed.from_lengths(
+        lengths, row_tokens=sum(lengths), auxiliary_weight=1.0, device=torch.device("cpu")
+    )
+    tokens = torch.zeros(sum(lengths), dtype=torch.int64)
+    # the unfused kernel is plain matrix products, which the counter sees
+    with sdpa_kernel(SDPBackend.MATH):
+        with counter() as forward:
+            logits = model(tokens, packed)
+        with counter() as backward:
+            logits.sum().backward()
+    return forward.get_flop_counts()["Global"], backward.get_flop_counts()["Global"]
+
+
+@pytest.mark.parametrize("lengths", [[256], [192, 64], [128, 128, 320]])
+def test_formula_equals_a_counted_forward(lengths, alone):
+    """The CPU computes whole squares where the formula counts triangles, and skips states that are zero."""
+    forward, _ = count_forward_and_backward(lengths, alone)
+    block = chunk_tokens_for(torch.float32)
+    flops = count_flops(TINY, lengths, lightning_block_tokens=block)
+    ops = torch.ops
+    assert forward[ops.aten.mm] + forward[ops.m1.grouped_mlp] == flops.projections + flops.head
+    channels, tokens = TINY.num_heads * TINY.head_dim, sum(lengths)
+    assert forward[ops.aten.bmm] == 4 * channels * sum(n * n for n in lengths)
+    assert flops.softmax == 4 * channels * sum(sum(range(1, n + 1)) for n in lengths)
+
+    lightning_layers, head_dim = 3, TINY.head_dim
+    pair_flops = 4 * channels * tokens * block
+    first_blocks = len(lengths) * block
+    state_flops = 2 * channels * head_dim * (2 * tokens - first_blocks)
+    assert forward[ops.m1.lightning_attention] == lightning_layers * (pair_flops + state_flops)
+    triangle = math.comb(block + 1, 2) * 4 * channels * tokens // block
+    assert flops.lightning == lightning_layers * (triangle + 4 * channels * head_dim * tokens)
+
+
+def test_backward_of_the_linear_layers_is_twice_their_forward(alone):
+    forward, backward = count_forward_and_backward([256], alone)
+    ops = torch.ops
+    assert backward[ops.aten.mm] == 2 * forward[ops.aten.mm]
+    assert backward[ops.m1.grouped_mlp_backward] == 2 * forward[ops.m1.grouped_mlp]
+
+
+def test_recompute_adds_a_forward_of_the_layers():
+    flops = count_flops(TINY, [256])
+    assert flops.training() == 3 * flops.forward
+    assert flops.training("full") == 4 * flops.forward - flops.head
+
+
+def test_ragged_blocks_and_short_documents_are_counted_exactly():
+    channels, head_dim = TINY.num_heads * TINY.head_dim, TINY.head_dim
+    flops = count_flops(TINY, [300, 5])
+    pairs = sum(1 for n in (256, 44, 5) for i in range(n) for j in range(i + 1))
+    assert flops.lightning == 3 * 4 * channels * (pairs + 305 * head_dim)
+
+
+def test_m1_456b_has_the_published_number_of_parameters():
+    parameters = count_parameters(M1_456B)
+    assert parameters.total == 456_089_655_296
+    assert parameters.activated == 45_944_920_064
+
+
+@pytest.mark.parametrize("model", [TINY, M1_456B], ids=["tiny", "m1-456b"])
+def test_parameter_formula_equals_the_model_built_without_memory(model, alone):
+    meta = torch.device("meta")
+    with meta:
+        (chunk,) = build_model(model, dataclasses.replace(alone, device=meta), precision="bf16", seed=None)
+    assert all(parameter.is_meta for parameter in chunk.parameters())
+    assert sum(parameter.numel() for parameter in chunk.parameters()) == count_parameters(model).total
+
+
+# per token, forward and backward: computed by hand from the paper's sizes, 6 * 47.17e9 + attention
+@pytest.mark.parametrize(
+    ("length", "total", "lightning_percent", "softmax_percent"),
+    [
+        (4096, 2.87e11, 0.61, 0.7),
+        (8192, 2.89e11, 0.61, 1.4),
+        (32768, 3.01e11, 0.59, 5.4),
+        (131072, 3.49e11, 0.50, 18.4),
+        (524288, 5.43e11, 0.33, 47.5),
+        (1048576, 8.00e11, 0.22, 64.4),
+    ],
+)
+def test_training_flops_of_m1_by_context_length(length, total, lightning_percent, softmax_percent):
+    flops = count_flops(M1_456B, [length])
+    assert training_flops_per_token(M1_456B, [length]) == pytest.approx(total, rel=2e-3)
+    assert 100 * flops.lightning / flops.forward == pytest.approx(lightning_percent, abs=0.006)
+    assert 100 * flops.softmax / flops.forward == pytest.approx(softmax_percent, abs=0.06)
+
+
+def test_peak_rates_are_known_or_none():
+    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert peak_flops_per_s("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_flops_per_s("NVIDIA H20", "bf16") == 148e12
+    assert peak_flops_per_s("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops_per_s("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops_per_s("NVIDIA GeForce GTX 1080", "bf16") is None
+    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "fp32") is None
