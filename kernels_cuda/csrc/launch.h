@@ -11,8 +11,9 @@
 extern "C" {
 #endif
 
-// One piece of one head's work, eight int32 in device memory. A long document is cut into segments of
-// segment_tokens (a multiple of 64); the states that leave the earlier ones are in the workspace.
+// One piece of one head's work, eight int32 in device memory. With few heads a long document is cut into segments of
+// segment_tokens (a multiple of 64), counted from its first token in (reversed) time: only the last may be shorter.
+// The prepass writes the local state of every segment but the last to the workspace.
 typedef struct M1LightningItem {
   int32_t first_token;      // lowest token of the piece
   int32_t num_tokens;       // may be 0: an empty document passes its state through
@@ -77,8 +78,8 @@ int m1_lightning_decode_sm90(const M1LightningDecode* call);
 
 // The ops bind.cpp registers for them (device CUDA; the Python op allocates every tensor and plans the items):
 //   m1_sm90::lightning_scan(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor? state_in, Tensor items,
-//       Tensor state_items, int segment_tokens, bool reverse, float scale, Tensor(a!) o, Tensor(b!)? state_out,
-//       Tensor(c!)? workspace) -> ()          items, state_items: int32 [n, 8]
+//       Tensor state_items, int segment_tokens, bool reverse, float scale, int num_multiprocessors, Tensor(a!) o,
+//       Tensor(b!)? state_out, Tensor(c!)? workspace) -> ()          items, state_items: int32 [n, 8]
 //   m1_sm90::lightning_decode(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor(a!) state, float scale,
 //       Tensor(b!) o) -> ()
 

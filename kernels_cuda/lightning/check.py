@@ -68,11 +68,17 @@ def check_scale(scale: float) -> None:
         )
 
 
-def check_slopes_shape(slopes: torch.Tensor, num_heads: int) -> None:
+def check_slopes_shape(slopes: torch.Tensor, q: torch.Tensor) -> None:
+    num_heads = q.shape[1]
     if slopes.dtype not in (torch.float32, torch.float64) or tuple(slopes.shape) != (num_heads,):
         raise ValueError(
             f"slopes is {slopes.dtype} of shape {tuple(slopes.shape)}: float32 (or float64) of shape "
             f"({num_heads},), one per head of q, is allowed; slice lightning_slopes() to this rank's heads"
+        )
+    if slopes.device != q.device:
+        raise ValueError(
+            f"slopes is on {slopes.device} but q is on {q.device}: one device is allowed; register slopes as a buffer so "
+            "that it moves with the model"
         )
     if slopes.requires_grad:
         raise ValueError(

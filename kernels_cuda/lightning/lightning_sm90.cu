@@ -78,6 +78,21 @@ M1_DEVICE int valid_rows(const M1LightningItem& item, uint32_t chunk) {
   return rest < int(kChunk) ? rest : int(kChunk);
 }
 
+// The piece of work as this pass walks it: all of it, or, in the prepass, only the chunks whose contribution is still
+// seen at the end of the segment. Segments that others follow are whole chunks, so whole chunks remain.
+template <bool kReverse, bool kOutput>
+M1_DEVICE M1LightningItem walked(const Parameters& p, int index) {
+  M1LightningItem item = p.items[index];
+  if (kOutput) return item;
+  const float seen = kHorizonLog2 / (p.call.slopes[item.head] * kLog2E) + float(kChunk);
+  if (seen < float(item.num_tokens)) {
+    const int kept = int(seen) / int(kChunk) * int(kChunk);
+    if (!kReverse) item.first_token += item.num_tokens - kept;
+    item.num_tokens = kept;
+  }
+  return item;
+}
+
 // Zeroes the rows of a tile that belong to the next document: 0 times its NaN would still be NaN in a product.
 M1_DEVICE void zero_rows_from(uint32_t tile, int first_row, uint32_t thread) {
   for (uint32_t unit = thread; unit < kTileRows * 8; unit += 128)
@@ -86,10 +101,11 @@ M1_DEVICE void zero_rows_from(uint32_t tile, int first_row, uint32_t thread) {
 
 template <int kKeyDim, bool kReverse, bool kOutput>
 M1_DEVICE void feed(const Parameters& p, const Shared<kKeyDim>& shared) {
-  constexpr uint32_t kBytes = kOutput ? Shared<kKeyDim>::kStageBytes : Shared<kKeyDim>::kStageBytes - Shared<kKeyDim>::kKeyBytes;
+  using Layout = Shared<kKeyDim>;
+  constexpr uint32_t kBytes = kOutput ? Layout::kStageBytes : Layout::kStageBytes - Layout::kKeyBytes;
   uint32_t turn = 0;
   for (int i = int(block_index()); i < p.num_items; i += int(num_blocks())) {
-    const M1LightningItem item = p.items[i];
+    const M1LightningItem item = walked<kReverse, kOutput>(p, i);
     const uint32_t chunks = num_chunks(item);
     for (uint32_t step = 0; step < chunks; ++step, ++turn) {
       const uint32_t stage = turn % kStages;
@@ -284,7 +300,7 @@ M1_DEVICE void scan(const Parameters& p, const Shared<kKeyDim>& shared) {
   ScanWeights<kReverse> weights;
   uint32_t turn = 0;
   for (int i = int(block_index()); i < p.num_items; i += int(num_blocks())) {
-    const M1LightningItem item = p.items[i];
+    const M1LightningItem item = walked<kReverse, kOutput>(p, i);
     const uint32_t chunks = num_chunks(item);
     const float slope_log2 = call.slopes[item.head] * kLog2E;
     float state[kKeyDim / 2], output[32];

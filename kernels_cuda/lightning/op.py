@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels_cuda.lightning import check
+from kernels_cuda.lightning import check, sm90
 from kernels_cuda.lightning.chunked import lightning_scan, state_dtype_for
 
 torch.library.define(
@@ -68,7 +68,7 @@ def lightning_decode(
 def _check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
     """Everything that needs no values; returns the number of documents."""
     check.check_operands(q, k, v, "[T, H, head_dim]")
-    check.check_slopes_shape(slopes, q.shape[1])
+    check.check_slopes_shape(slopes, q)
     check.check_borders_shape(cu_seqlens)
     num_documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
     state_shape = (num_documents, q.shape[1], q.shape[2], v.shape[2])
@@ -84,7 +84,8 @@ def _lightning_attention(
     check.check_scale(scale)
     check.check_slopes_values(slopes)
     borders = check.checked_borders(cu_seqlens, q.shape[0])
-    return lightning_scan(q, k, v, slopes, state_in, borders, reverse, scale, output_state)
+    serve = sm90.scan if sm90.can_serve(q, k, v) else lightning_scan
+    return serve(q, k, v, slopes, state_in, borders, reverse, scale, output_state)
 
 
 @torch.library.register_fake("m1::lightning_attention")
@@ -140,15 +141,21 @@ torch.library.register_autograd("m1::lightning_attention", _backward, setup_cont
 
 def _check_decode_shapes(q, k, v, slopes, state) -> None:
     check.check_operands(q, k, v, "[B, H, head_dim]")
-    check.check_slopes_shape(slopes, q.shape[1])
+    check.check_slopes_shape(slopes, q)
     state_shape = (*q.shape, v.shape[2])
     check.check_state("state", state, q, state_shape, state_dtype_for(q.dtype))
+    if not state.is_contiguous():
+        raise ValueError(
+            f"state has strides {state.stride()}: a contiguous state is allowed, it is updated in place; keep it so"
+        )
 
 
 @torch.library.impl("m1::lightning_decode", "CompositeExplicitAutograd")
 def _lightning_decode(q, k, v, slopes, state, scale=1.0):
     _check_decode_shapes(q, k, v, slopes, state)
     check.check_slopes_values(slopes)
+    if sm90.can_serve(q, k, v):
+        return sm90.decode(q, k, v, slopes, state, scale)
     state.mul_(torch.exp(-slopes.to(state.dtype))[:, None, None])
     state.addcmul_(k.to(state.dtype)[..., :, None], v.to(state.dtype)[..., None, :])
     o_BHV = torch.matmul(q.to(state.dtype)[..., None, :], state).squeeze(-2)
