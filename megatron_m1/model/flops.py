@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.mcore import Precision, Recompute
 
@@ -136,23 +138,29 @@ def count_flops(
     )
 
 
-def training_flops_per_token(
-    model: ModelConfig, document_lengths: list[int], *, recompute: Recompute = "none"
-) -> float:
-    """Forward and backward operations divided by the number of tokens."""
-    return count_flops(model, document_lengths).training(recompute) / sum(document_lengths)
+def flops_per_token(model: ModelConfig, sequence_length: int, *, recompute: Recompute = "none") -> float:
+    """Forward and backward operations per token of rows that are one document of `sequence_length` tokens each.
+
+    Packed rows of shorter documents need fewer: `count_flops` takes their lengths.
+    """
+    return count_flops(model, [sequence_length]).training(recompute) / sequence_length
 
 
-def peak_flops_per_s(device_name: str, precision: Precision) -> float | None:
-    """Peak rate of one device, None where it is not known (then no utilisation can be stated).
+def peak_flops_per_s(device: torch.device, precision: Precision) -> float | None:
+    """Peak rate of one device, None where it is not known (then no utilisation can be stated)."""
+    if device.type != "cuda":
+        return None
+    return peak_of_named_device(torch.cuda.get_device_name(device), precision)
 
-    Args:
-        device_name: as torch.cuda.get_device_name gives it.
-        precision: only bf16 rates are listed; our fp32 is true fp32 and never measured against a peak.
+
+def peak_of_named_device(name: str, precision: Precision) -> float | None:
+    """The same by the name that CUDA gives the device.
+
+    Only bf16 rates are listed: our fp32 is true fp32 and is never measured against a peak.
     """
     if precision != "bf16":
         return None
-    return next((peak for name, peak in _PEAK_FLOPS_PER_S.items() if name in device_name), None)
+    return next((peak for known, peak in _PEAK_FLOPS_PER_S.items() if known in name), None)
 
 
 def _pairs(tokens: int) -> int:

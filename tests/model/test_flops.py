@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels_cuda.lightning.chunked import chunk_tokens_for, lightning_scan
 from kernels_cuda.moe import experts
 from megatron_m1.model.config import ModelConfig
-from megatron_m1.model.flops import count_flops, count_parameters, peak_flops_per_s, training_flops_per_token
+from megatron_m1.model.flops import (
+    count_flops,
+    count_parameters,
+    flops_per_token,
+    peak_flops_per_s,
+    peak_of_named_device,
+)
 from megatron_m1.model.hybrid import build_model
 from megatron_m1.model.packed import Packed
 
@@ -147,16 +153,17 @@ def test_parameter_formula_equals_the_model_built_without_memory(model, alone):
 )
 def test_training_flops_of_m1_by_context_length(length, total, lightning_percent, softmax_percent):
     flops = count_flops(M1_456B, [length])
-    assert training_flops_per_token(M1_456B, [length]) == pytest.approx(total, rel=2e-3)
+    assert flops_per_token(M1_456B, length) == pytest.approx(total, rel=2e-3)
     assert 100 * flops.lightning / flops.forward == pytest.approx(lightning_percent, abs=0.006)
     assert 100 * flops.softmax / flops.forward == pytest.approx(softmax_percent, abs=0.06)
 
 
 def test_peak_rates_are_known_or_none():
-    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
-    assert peak_flops_per_s("NVIDIA H200", "bf16") == 989.4e12
-    assert peak_flops_per_s("NVIDIA H20", "bf16") == 148e12
-    assert peak_flops_per_s("NVIDIA H100 PCIe", "bf16") == 756e12
-    assert peak_flops_per_s("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
-    assert peak_flops_per_s("NVIDIA GeForce GTX 1080", "bf16") is None
-    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_of_named_device("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert peak_of_named_device("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_of_named_device("NVIDIA H20", "bf16") == 148e12
+    assert peak_of_named_device("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_of_named_device("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_of_named_device("NVIDIA GeForce GTX 1080", "bf16") is None
+    assert peak_of_named_device("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_flops_per_s(torch.device("cpu"), "bf16") is None
