@@ -6,7 +6,7 @@ initialised here once per process and must describe the same layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -61,6 +61,8 @@ def create_groups(layout: Layout, device: torch.device, *, timeout_s: float = 18
             f"world size {world_size} but the layout tp={layout.tp} pp={layout.pp} cp={layout.cp} dp={layout.dp} "
             f"needs {layout.world_size} ranks: start {layout.world_size} processes, or change layout.dp"
         )
+    # megatron-core 0.16 calls collectives by names that torch 2.13 renames: hundreds of lines that no user can act on
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

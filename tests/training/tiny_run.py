@@ -1,0 +1,58 @@
+"""The smallest real run: shards of random documents, and a run file that trains on them in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.index import ShardWriter
+
+VOCAB = 128
+
+_RUN = """\
+name: tiny-test
+run_dir: {run_dir}
+model:
+  {{num_layers: 8, hidden_size: 32, num_heads: 4, num_kv_heads: 4, head_dim: 8, rotary_dim: 4, num_experts: 4,
+    ffn_size: 32, vocab_size: {vocab}}}
+layout: {{tp: 2, ep: 2}}
+data:
+  sources: [{{prefix: {source}}}]
+  held_out: [{{prefix: {held_out}}}]
+  tokenizer_path: {tokenizer}
+training: {{steps: {steps}, sequence_length: 64, micro_batch_size: 1, precision: fp32, evaluation_rows: 4}}
+schedule:
+  peak_learning_rate: 3.0e-3
+  batch_ramp: [{{from_tokens: 0, global_batch_tokens: 256}}, {{from_tokens: 1024, global_batch_tokens: 512}}]
+checkpoint: {{every_steps: 2, keep: 3}}
+tracking: {{enabled: false}}
+"""
+
+
+def write_shards(directory: Path) -> None:
+    """A training shard and a held-out one, of documents of 1 to 150 tokens."""
+    random = np.random.default_rng(0)
+    for name, documents in (("train", 400), ("held_out", 40)):
+        writer = ShardWriter(directory / name, VOCAB)
+        for _ in range(documents):
+            writer.add_document(random.integers(0, VOCAB, random.integers(1, 150)))
+        writer.finish()
+
+
+def write_run_file(run_dir: Path, data: DataConfig, *, steps: int) -> Path:
+    """A run file beside the run directory."""
+    path = run_dir.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        _RUN.format(
+            run_dir=run_dir,
+            vocab=VOCAB,
+            source=data.sources[0].prefix,
+            held_out=data.held_out[0].prefix,
+            tokenizer=data.tokenizer_path,
+            steps=steps,
+        )
+    )
+    return path
