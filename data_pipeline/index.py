@@ -28,6 +28,8 @@ DTYPE_OF_CODE: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 MAX_VOCAB_UINT16 = 65_535
 MAX_DOCUMENT_TOKENS = 2**31 - 1
+COPY_DOCUMENTS = 2**16
+COPY_TOKENS = 2**24
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -81,6 +83,25 @@ class ShardWriter:
             )
         self._stream.write(tokens_S.astype(self.dtype).tobytes())
         self._lengths_N.append(tokens_S.size)
+
+    def add_shard(self, shard: "TokenShard") -> None:
+        """Append all documents of another shard with the same on-disk type.
+
+        Raises:
+            ShardError: the other shard is damaged.
+        """
+        assert shard.dtype == self.dtype, (shard.prefix, shard.dtype, self.dtype)
+        for first in range(0, shard.num_documents, COPY_DOCUMENTS):
+            starts = shard.document_starts(first, min(first + COPY_DOCUMENTS, shard.num_documents))
+            self._lengths_N.extend(np.diff(starts).tolist())
+            for start in range(int(starts[0]), int(starts[-1]), COPY_TOKENS):
+                tokens_S = shard.tokens(start, min(COPY_TOKENS, int(starts[-1]) - start))
+                self._stream.write(tokens_S.astype(self.dtype).tobytes())
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths_N)
 
     def finish(self) -> None:
         """Flush both files and give them their names, the index last: its presence marks a whole shard."""

@@ -64,6 +64,11 @@ class DocumentEncoder:
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 yield np.asarray([*encoding.ids, self.end_id], dtype=np.int32)
 
+    def encode_one(self, text: str) -> np.ndarray:
+        """The token ids of one document with the end-of-text id appended, on this thread alone: int32 [length]."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray([*encoding.ids, self.end_id], dtype=np.int32)
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)

@@ -1,0 +1,214 @@
+"""Corpus preparation: the same shard for any number of processes, restarts keep what was finished."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from data_pipeline import corpus
+from data_pipeline.corpus import CorpusConfig, encode_part, parts_directory, plan_jobs, prepare_corpus
+from data_pipeline.index import ShardWriter, TokenShard, bin_path, idx_path
+from data_pipeline.parts import ReadError, files_below
+from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
+
+REPOSITORY = Path(__file__).parents[2]
+TEXTS = [f"def function_{number}():\n    return {number}\n" * (number % 9 + 1) for number in range(400)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_byte_level_bpe(TEXTS, 300, path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_path):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.jsonl").write_text(lines)
+    (tmp_path / "raw/b.txt").write_text("the last document")
+    (tmp_path / "raw/c.txt").write_text("")
+    return CorpusConfig(
+        inputs=(str(tmp_path / "raw"),),
+        prefix=str(tmp_path / "out"),
+        tokenizer_path=str(tokenizer_path),
+        part_bytes=10_000,
+    )
+
+
+def shard_bytes(prefix):
+    return bin_path(Path(prefix)).read_bytes(), idx_path(Path(prefix)).read_bytes()
+
+
+def test_the_shard_holds_every_document_in_file_order(config, tmp_path):
+    seen = []
+    summary = prepare_corpus(config, lambda *step: seen.append(step))
+    encoder = DocumentEncoder(config.tokenizer_path)
+    shard = TokenShard(config.prefix)
+    texts = [*TEXTS, "the last document"]
+    assert [encoder.decode(shard.document(number)[:-1]) for number in range(len(shard))] == texts
+    assert all(shard.document(number)[-1] == encoder.end_id for number in range(len(shard)))
+    assert summary.num_documents == len(texts) == len(IndexedDataset(config.prefix))
+    assert summary.num_bytes == sum(len(text.encode()) for text in texts)
+    assert summary.num_tokens == shard.num_tokens
+    assert (summary.num_files, summary.dropped) == (3, {"empty": 1})
+    assert json.loads((tmp_path / "out.json").read_text())["num_tokens"] == summary.num_tokens
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "raw").iterdir())
+    assert ("encode", num_bytes, num_bytes) in seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "raw"]
+
+
+def test_processes_and_part_sizes_do_not_change_the_shard(config, tmp_path):
+    whole = None
+    for num_processes, part_bytes in ((1, 10**9), (2, 3_000)):
+        prefix = str(tmp_path / f"out{num_processes}")
+        changed = CorpusConfig(
+            inputs=config.inputs,
+            prefix=prefix,
+            tokenizer_path=config.tokenizer_path,
+            num_processes=num_processes,
+            part_bytes=part_bytes,
+        )
+        prepare_corpus(changed)
+        whole = whole or shard_bytes(prefix)
+        assert shard_bytes(prefix) == whole
+
+
+def test_a_finished_corpus_is_not_prepared_again(config, monkeypatch):
+    first = prepare_corpus(config)
+    monkeypatch.setattr(corpus, "run_jobs", None)
+    assert prepare_corpus(config) == first
+
+
+def test_a_changed_input_is_prepared_again(config, tmp_path):
+    first = prepare_corpus(config)
+    (tmp_path / "raw/b.txt").write_text("another last document")
+    second = prepare_corpus(config)
+    assert second.key != first.key
+    assert second.num_bytes == first.num_bytes + len("another last document") - len("the last document")
+
+
+def test_finished_parts_are_kept_and_unfinished_ones_redone(config, monkeypatch):
+    jobs = plan_jobs(config, files_below([Path(config.inputs[0])]))
+    assert len(jobs) > 3
+    for job in jobs[:2]:
+        encode_part(job)
+    # The third was killed after its shard and before its record.
+    encode_part(jobs[2])
+    jobs[2].record_path.unlink()
+    kept = [
+        (path, path.stat().st_mtime_ns)
+        for job in jobs[:2]
+        for path in (bin_path(job.prefix), job.record_path)
+    ]
+    monkeypatch.setattr(corpus.shutil, "rmtree", lambda path: None)
+    prepare_corpus(config)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept)
+    assert all(job.record_path.exists() for job in jobs)
+
+
+def test_an_error_in_one_part_is_raised_and_the_others_are_kept(config, tmp_path):
+    with open(tmp_path / "raw/a.jsonl", "a") as stream:
+        stream.write("not json\n")
+    with pytest.raises(ReadError, match=r"a\.jsonl' at position \d+ cannot be read \(Expecting value"):
+        prepare_corpus(config)
+    assert list(parts_directory(config).glob("*.json"))
+    assert not bin_path(Path(config.prefix)).exists()
+
+
+def test_a_dead_process_is_reported_not_waited_for(config, monkeypatch):
+    monkeypatch.setattr(corpus, "encode_part", die)
+    with pytest.raises(
+        RuntimeError, match=r"an encoding process died after 0 of \d+ bytes.*run the same command"
+    ):
+        prepare_corpus(config)
+
+
+def die(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_inputs_without_documents_are_refused(tmp_path, tokenizer_path):
+    (tmp_path / "a.txt").write_text("  ")
+    config = CorpusConfig(
+        inputs=(str(tmp_path / "a.txt"),), prefix=str(tmp_path / "out"), tokenizer_path=str(tokenizer_path)
+    )
+    with pytest.raises(ValueError, match="hold no documents: a shard needs at least one"):
+        prepare_corpus(config)
+    assert not idx_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["num_processes", "part_bytes"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 is no count"):
+        CorpusConfig(inputs=("a",), prefix="b", tokenizer_path="c", **{name: 0})
+
+
+def test_a_killed_run_is_continued_to_the_same_shard_and_leaves_no_process(config, tmp_path):
+    """SIGKILL at random moments, again and again, until a run comes through."""
+    whole = str(tmp_path / "whole")
+    prepare_corpus(CorpusConfig(inputs=config.inputs, prefix=whole, tokenizer_path=config.tokenizer_path))
+    arguments = (
+        f"inputs={config.inputs!r}, prefix={config.prefix!r}, tokenizer_path={config.tokenizer_path!r}"
+    )
+    script = (
+        "from data_pipeline.corpus import CorpusConfig, prepare_corpus\n"
+        f"if __name__ == '__main__':\n    prepare_corpus(CorpusConfig({arguments}, part_bytes=1000, num_processes=2))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    numbers = random.Random(0)
+    num_killed = 0
+    for attempt in range(40):
+        process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], env=environment)
+        try:
+            process.wait(timeout=0.5 + attempt * 0.15 + numbers.random() * 0.1)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            num_killed += 1
+    assert process.returncode == 0
+    assert num_killed > 0
+    assert shard_bytes(config.prefix) == shard_bytes(whole)
+    end = time.monotonic() + 10
+    while processes_naming(str(tmp_path / "run.py")):
+        assert time.monotonic() < end, "an encoding process outlived the run that started it"
+        time.sleep(0.05)
+
+
+def processes_naming(text):
+    """Command lines of running processes that hold `text`, this one excepted."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text in command and int(path.parent.name) != os.getpid():
+            found.append(command)
+    return found
+
+
+def test_shards_are_joined_in_order_also_across_copy_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.index.COPY_DOCUMENTS", 3)
+    monkeypatch.setattr("data_pipeline.index.COPY_TOKENS", 4)
+    numbers = np.random.default_rng(0)
+    documents = [numbers.integers(0, 70_000, length) for length in numbers.integers(1, 12, 20)]
+    for name, chosen in (("all", documents), ("one", documents[:11]), ("two", []), ("three", documents[11:])):
+        with ShardWriter(tmp_path / name, 70_000) as writer:
+            for document in chosen:
+                writer.add_document(document)
+    with ShardWriter(tmp_path / "joined", 70_000) as writer:
+        for name in ("one", "two", "three"):
+            writer.add_shard(TokenShard(tmp_path / name))
+    assert shard_bytes(tmp_path / "joined") == shard_bytes(tmp_path / "all")
