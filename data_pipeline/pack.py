@@ -97,6 +97,7 @@ class PackedShard:
             place = self._order(epoch).locate(position)
             left_in_document = place.document_length - place.offset
             count = min(left_in_document, sequence_length - filled)
+            assert count > 0, (sample, epoch, position, place)
             # One token more than the row takes, where the document has one: the last label.
             piece = self.shard.tokens(place.document_start + place.offset, min(count + 1, left_in_document))
             tokens_S[filled : filled + count] = piece[:count]

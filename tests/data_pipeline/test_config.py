@@ -87,12 +87,13 @@ def test_splits_read_their_own_shards_by_weight(config):
 
 
 def test_the_seed_sets_the_order_and_nothing_else_does(config):
-    def order(seed):
-        dataset = build_dataset(config, 10, seed, "train")
-        return [int(dataset[number].tokens_S[0]) for number in range(100)]
+    def order(seed, split):
+        dataset = build_dataset(config, 10, seed, split)
+        return [int(dataset[number].tokens_S[0]) for number in range(40)]
 
-    assert order(1) == order(1)
-    assert order(1) != order(2)
+    for split in ("train", "held_out"):
+        assert order(1, split) == order(1, split)
+        assert order(1, split) != order(2, split)
 
 
 def test_a_moved_directory_gives_the_same_samples(config, tmp_path):

@@ -156,6 +156,13 @@ def test_the_first_samples_never_change_between_versions(tmp_path):
         [4, 5, 6, 7, 8, 1],
         [2, 3, 9, 10, 11, 12],
     ]
+    large = PackedShard(numbered_shard(tmp_path / "large", [4] * 50), 4, key=12)
+    firsts = [int(large[number].tokens_S[0]) for number in range(150)]
+    assert [firsts[:6], firsts[50:56], firsts[100:106]] == [
+        [77, 121, 49, 73, 65, 161],
+        [53, 97, 177, 197, 69, 81],
+        [9, 81, 113, 21, 177, 37],
+    ]
 
 
 def test_documents_of_large_shards_are_shuffled_over_the_epoch(tmp_path):
