@@ -1,6 +1,6 @@
 """The checkpoints of a run: save (also in the background), publish, load under any layout, verify, prune.
 
-Tensors are stored under logical names with global shapes (`parallel/shards.py`), so any layout loads any
+Tensors are stored under logical names with global shapes (`parallel/stored_tensors.py`), so any layout loads any
 checkpoint. A checkpoint exists from the moment its finished directory gets its name (`parallel/manifest.py`).
 
 A background save is written by a forked child. Fork gives it a snapshot of host memory, so the trainer may go on
@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch.distributed.checkpoint.metadata import Metadata
 
 from parallel import manifest as disk
-from parallel import shards
+from parallel import shards, stored_tensors
 from parallel.agreement import Agreement
 from parallel.background import BackgroundCall
 from parallel.groups import Groups
@@ -115,7 +115,7 @@ class CheckpointStore:
             CheckpointError: this save, or the one waited for, failed on some rank.
         """
         self.wait()
-        tensors, _ = self._agreement.everywhere(lambda: shards.extract_tensors(sharded_state))
+        tensors, _ = self._agreement.everywhere(lambda: stored_tensors.extract_tensors(sharded_state))
         if self._agreement.any(self._spread.is_new(tensors))[0]:
             everywhere = self._spread.learn(tensors)
             # megatron-core checks on rank 0 only; the others must hear of it
@@ -195,7 +195,7 @@ class CheckpointStore:
         assert flight.metadata is not None, "rank 0 plans the whole"
         files = [disk.FileRecord(*record) for report in reports for record in report["files"]]
         files += shards.write_index(flight.directory, flight.metadata, reports)
-        table = shards.logical_table(shards.read_table(flight.directory))
+        table = stored_tensors.logical_table(stored_tensors.read_table(flight.directory))
         disk.write_manifest(
             flight.directory,
             Manifest(
@@ -253,13 +253,13 @@ class CheckpointStore:
         own = found.files[dist.get_rank() :: dist.get_world_size()] if verify else ()
         self._agreement.everywhere(lambda: disk.check_files(path, found.files, hashed=False))
         self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=True))
-        table = self._agreement.everywhere(lambda: shards.read_table(path))
-        tensors, _ = self._agreement.everywhere(lambda: shards.extract_tensors(template))
+        table = self._agreement.everywhere(lambda: stored_tensors.read_table(path))
+        tensors, _ = self._agreement.everywhere(lambda: stored_tensors.extract_tensors(template))
         by_rank: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, shards.wanted_table(tensors))
+        dist.all_gather_object(by_rank, stored_tensors.wanted_table(tensors))
         wanted = {key: entry for rank in by_rank for key, entry in rank.items()}
-        shards.check_fit(path, shards.logical_table(table), wanted, tuple(ignore))
-        state = self._agreement.everywhere(lambda: shards.read_tensors(template, path, table))
+        stored_tensors.check_fit(path, stored_tensors.logical_table(table), wanted, tuple(ignore))
+        state = self._agreement.everywhere(lambda: stored_tensors.read_tensors(template, path, table))
         return state, found.extra
 
     def entries(self) -> list[Entry]:

@@ -251,7 +251,9 @@ def clean(root: Path) -> list[str]:
     """
     for path in root.glob(f"step_*{_REPLACED}*"):
         final = root / path.name.partition(_REPLACED)[0]
-        os.rename(path, final if not final.exists() else path.with_name(path.name.replace(_REPLACED, _PARTIAL)))
+        os.rename(
+            path, final if not final.exists() else path.with_name(path.name.replace(_REPLACED, _PARTIAL))
+        )
     garbage = list(root.glob(f"step_*{_PARTIAL}*"))
     for path in garbage:
         shutil.rmtree(path, ignore_errors=True)

@@ -84,7 +84,9 @@ class Exchange:
         """
         whole: dict[int, torch.Tensor] = {}
         for batch in self._batches():
-            sent = [pieces[index] for owner in range(self._num_ranks) for index in self._owned_by(owner, batch)]
+            sent = [
+                pieces[index] for owner in range(self._num_ranks) for index in self._owned_by(owner, batch)
+            ]
             received = self._all_to_all(torch.cat(sent), self._pieces_sizes(batch), self._wholes_sizes(batch))
             host = received.cpu()
             cursor = 0
@@ -150,7 +152,9 @@ class Exchange:
             for rank in range(self._num_ranks)
         ]
 
-    def _all_to_all(self, sent: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
+    def _all_to_all(
+        self, sent: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]
+    ) -> torch.Tensor:
         received = torch.empty(sum(received_sizes), dtype=sent.dtype, device=sent.device)
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self._group)
         return received

@@ -1,13 +1,9 @@
-"""Tensors of a checkpoint <-> files, in megatron-core's torch_dist format. No directories, no manifest, no
-agreement.
+"""How the tensors of a state become files, in megatron-core's torch_dist format. No directory names, no manifest.
 
-megatron-core plans (which rank writes which piece of which logical tensor); the writing is ours, so that
-every byte is hashed as it is written, in one pass, by a function that can run in a forked child: it uses no
-collective, no queue and no other process. (Upstream's writer starts a manager process and hangs when a writer
-dies or psutil is missing.)
-
-Nothing here unpickles: upstream's `.metadata` and `common.pt` are written, so that its tools can read our
-checkpoints, and never read. We read `tensors.json` and the tensors themselves (torch.load with weights_only).
+megatron-core plans (which rank writes which piece of which logical tensor); the writing is ours, so that every byte
+is hashed as it is written, in one pass, by a function that can run in a forked child: it uses no collective, no
+queue and no other process. (Upstream's writer starts a manager process, and hangs when a writer dies or psutil is
+missing.) Upstream's `.metadata` and `common.pt` are written too, so that its tools can read our checkpoints.
 """
 
 from __future__ import annotations
@@ -16,26 +12,15 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_outplace,
-    extract_matching_values,
-    nested_values,
-)
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedStateDict,
     ShardedTensor,
-    apply_factory_merges,
 )
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -43,11 +28,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
     MCoreSavePlanner,
-    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
-    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import (
@@ -56,18 +38,15 @@ from megatron.core.dist_checkpointing.validation import (
 )
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from parallel.manifest import CheckpointError, FileRecord, sha256_of_json, write_durably
+from parallel.stored_tensors import TABLE_NAME, leaves
 
-TABLE_NAME = "tensors.json"
 _UPSTREAM_NAMES = (".metadata", "metadata.json", "common.pt")
 
 
@@ -94,14 +73,25 @@ class ShardWriter(FileSystemWriterAsync):
             return {"files": [], "pieces": []}
         with (directory / self.file_name).open("wb", buffering=0) as raw:
             stream = _HashingStream(raw)
-            results = [
-                _write_item(self.transforms, stream, data, item, self.file_name, SerializationFormat.TORCH_SAVE)
-                for item, data in self.items
-            ]
+            try:
+                results = [
+                    _write_item(
+                        self.transforms, stream, data, item, self.file_name, SerializationFormat.TORCH_SAVE
+                    )
+                    for item, data in self.items
+                ]
+            except RuntimeError as error:
+                # torch's zip writer hides the error of the file below it behind one of its own
+                raise stream.error or error from error
             os.fsync(raw.fileno())
         record = FileRecord(self.file_name, stream.tell(), stream.digest.hexdigest())
         pieces = [
-            [result.index.fqn, list(result.index.offset), result.storage_data.offset, result.storage_data.length]
+            [
+                result.index.fqn,
+                list(result.index.offset),
+                result.storage_data.offset,
+                result.storage_data.length,
+            ]
             for result in results
         ]
         return {"files": [[record.name, record.bytes, record.sha256]], "pieces": pieces}
@@ -114,14 +104,20 @@ class _HashingStream(io.RawIOBase):
         self._raw = raw
         self._position = 0
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        """The first error of the file, such as a full disk."""
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.digest.update(view)
         written = 0
-        while written < len(view):
-            # an unbuffered write may take less than it is given, on every file system (2 GiB on Linux)
-            written += self._raw.write(view[written:]) or 0
+        try:
+            while written < len(view):
+                # an unbuffered write may take less than it is given (2 GiB on Linux)
+                written += self._raw.write(view[written:]) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self._position += written
         return written
 
@@ -229,114 +225,3 @@ def _flushed_record(path: Path) -> FileRecord:
         os.fsync(stream.fileno())
         content = stream.read()
     return FileRecord(path.name, len(content), hashlib.sha256(content).hexdigest())
-
-
-class _Reader(torch_checkpoint.FileSystemReader):
-    """Reads pieces by our own table instead of upstream's pickled metadata."""
-
-    def __init__(self, directory: Path, table: dict[str, Any]) -> None:
-        super().__init__(str(directory))
-        self._table = table
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        tensors, places = {}, {}
-        for key, entry in self._table.items():
-            chunks = []
-            for offsets, sizes, name, start, length in entry["pieces"]:
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                places[MetadataIndex(key, offsets)] = _StorageInfo(name, start, length)
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(tensors, storage_data=places)
-
-
-def read_table(directory: Path) -> dict[str, Any]:
-    """The tensor table of a checkpoint: key -> dtype, shape, pieces."""
-    return json.loads((directory / TABLE_NAME).read_bytes())
-
-
-def leaves(tensors: dict[str, Any]) -> list[ShardedTensor]:
-    """The ShardedTensors of a nested dict, in its order."""
-    return list(nested_values(tensors))
-
-
-def wanted_table(tensors: dict[str, Any]) -> dict[str, list[Any]]:
-    """key -> dtype, global shape of the sharded tensors of this rank, as `logical_table` has them."""
-    return {
-        leaf.key: [str(leaf.dtype).removeprefix("torch."), list(leaf.global_shape)] for leaf in leaves(tensors)
-    }
-
-
-def check_fit(
-    path: Path, stored: dict[str, list[Any]], wanted: dict[str, list[Any]], ignore: tuple[str, ...]
-) -> None:
-    """Refuse a checkpoint whose logical tensors are not the wanted ones; keys with an ignored prefix may be left.
-
-    Raises:
-        CheckpointError: naming the missing, the unexpected, and those of another dtype or shape.
-    """
-    unexpected = (key for key in sorted(stored.keys() - wanted.keys()) if not key.startswith(ignore or ("\0",)))
-    problems = [
-        *(f"{key} is not in it" for key in sorted(wanted.keys() - stored.keys())),
-        *(f"{key} is in it and not in this model" for key in unexpected),
-        *(
-            f"{key} is {stored[key]} in it and {wanted[key]} here"
-            for key in sorted(wanted.keys() & stored.keys())
-            if wanted[key] != stored[key]
-        ),
-    ]
-    if problems:
-        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{path} does not fit this model, {len(problems)} tensors differ ({shown}): names, dtypes and global "
-            "shapes must be equal; use the model and training sections of the run file that it was saved with"
-        )
-
-
-def logical_table(table: dict[str, Any]) -> dict[str, list[Any]]:
-    """What of a tensor table does not depend on the layout: key -> dtype, global shape."""
-    return {key: [entry["dtype"], entry["shape"]] for key, entry in table.items()}
-
-
-def extract_tensors(state: ShardedStateDict) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ShardedTensors of a state, factories applied, and the factories that put loaded pieces together
-    again.
-
-    Empty `_extra_state` objects (what layers without FP8 have) are left out.
-
-    Raises:
-        TypeError: another leaf that is not a tensor: it would have to be unpickled on load.
-    """
-    leaves, _, factories = load_preprocess(state)
-    tensors, others = extract_matching_values(leaves, lambda leaf: isinstance(leaf, ShardedTensor))
-    for leaf in nested_values(others):
-        if not (isinstance(leaf, ShardedObject) and leaf.key.endswith("_extra_state") and _is_empty(leaf.data)):
-            raise TypeError(
-                f"{leaf!r} is in the state of a checkpoint: only sharded tensors are stored, since an object would "
-                "have to be unpickled on load; put plain values into `extra` and tensors into a ShardedTensor"
-            )
-    # copies, since a save and a load write into these objects; the data stay shared
-    return dict_list_map_outplace(replace, tensors), factories
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, io.BytesIO):
-        return not value.getbuffer().nbytes
-    return value is None or (torch.is_tensor(value) and not value.numel())
-
-
-def read_tensors(template: ShardedStateDict, directory: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """Fill a template; no collective. A leaf with data is filled in place, one without gets a new CPU tensor.
-
-    Returns: the template's structure with plain tensors as leaves.
-    """
-    tensors, factories = extract_tensors(template)
-    flat, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(tensors)
-    wanted = mcore_to_pyt_state_dict(flat, is_loading=True)
-    torch_checkpoint.load(
-        wanted, storage_reader=_Reader(directory, table), planner=MCoreLoadPlanner(), no_dist=True
-    )
-    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
-    nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_names, renamed)
-    return apply_factory_merges(nested, factories)
-

@@ -80,7 +80,14 @@ def build_optimizer(
     chunks: DistributedDataParallel with `use_distributed_optimizer`; parameters in bf16 or fp32, mixed as
     they like.
     """
-    has_bf16 = any(parameter.dtype == torch.bfloat16 for chunk in chunks for parameter in chunk.parameters())
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    for parameter in parameters:
+        # upstream counts an unmarked parameter in the gradient norm at tp rank 0 only, where other experts live
+        is_marked = getattr(parameter, "tensor_model_parallel", False)
+        assert getattr(parameter, "allreduce", True) or is_marked or groups.layout.tp == 1, (
+            f"an expert of shape {tuple(parameter.shape)} has allreduce=False but not tensor_model_parallel=True"
+        )
+    has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
     core = CoreOptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -113,9 +120,7 @@ class Optimizer:
         for group in chained.param_groups:
             # upstream leaves wd_mult to its own scheduler, which we do not use
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
-        self._parts = [
-            _StoredPart(part) for part in chained.chained_optimizers if not part.is_stub_optimizer
-        ]
+        self._parts = [_StoredPart(part) for part in chained.chained_optimizers if not part.is_stub_optimizer]
         self.num_steps = 0
         """Updates done, also by the runs that this one was resumed from."""
 
@@ -186,7 +191,9 @@ class _StoredPart:
             for parameter in buffer.param_index_map
         ]
         names = [((MASTER,) if parameter.dtype != torch.float32 else ()) + MOMENTS for parameter, _ in placed]
-        weights = [parameter.numel() * len(slots) for (parameter, _), slots in zip(placed, names, strict=True)]
+        weights = [
+            parameter.numel() * len(slots) for (parameter, _), slots in zip(placed, names, strict=True)
+        ]
         owners = assign_owners(weights, num_ranks)
         self._slots = [
             (parameter, slot, CutTensor(ranges, owner))
@@ -239,7 +246,10 @@ class _StoredPart:
             )
         model = shardings[id(parameter)]
         # (pipeline, tensor, data parallel) replica: the owner stands for all data parallel ranks
-        assert isinstance(model.replica_id, tuple) and len(model.replica_id) == 3, (model.key, model.replica_id)
+        assert isinstance(model.replica_id, tuple) and len(model.replica_id) == 3, (
+            model.key,
+            model.replica_id,
+        )
         changes: dict[str, Any] = {"dtype": whole.dtype} if isinstance(model, ShardedTensor) else {}
         return replace(
             model,
@@ -260,7 +270,9 @@ def _main_pieces(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Paramete
             yield from zip(model_group, main_group, strict=True)
 
 
-def _ranges_in_buffer(buffer: Any, parameter: torch.nn.Parameter, num_ranks: int) -> tuple[tuple[int, int], ...]:
+def _ranges_in_buffer(
+    buffer: Any, parameter: torch.nn.Parameter, num_ranks: int
+) -> tuple[tuple[int, int], ...]:
     start, stop, bucket_id = buffer.param_index_map[parameter]
     bucket = buffer.buckets[bucket_id]
     return ranges_of(start - bucket.offset, stop - bucket.offset, bucket.grad_data.numel(), num_ranks)

@@ -65,10 +65,13 @@ def open_store(directory: str, trainer: Trainer, **options: Any) -> CheckpointSt
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every logical tensor of model and optimizer, put together from all ranks by key and offset."""
-    from parallel import shards
+    from parallel import stored_tensors
 
-    tensors, _ = shards.extract_tensors(trainer.state())
-    own = [(leaf.key, leaf.global_shape, leaf.global_slice(), leaf.data.clone()) for leaf in shards.leaves(tensors)]
+    tensors, _ = stored_tensors.extract_tensors(trainer.state())
+    own = [
+        (leaf.key, leaf.global_shape, leaf.global_slice(), leaf.data.clone())
+        for leaf in stored_tensors.leaves(tensors)
+    ]
     by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(by_rank, own)
     whole: dict[str, torch.Tensor] = {}

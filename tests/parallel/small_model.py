@@ -79,6 +79,7 @@ class _Layer(MegatronModule):
         self.experts = torch.nn.ModuleList(_Weight(config, (8, WIDTH), dtype) for _ in range(local))
         for expert in self.experts:
             expert.weight.allreduce = False
+            expert.weight.tensor_model_parallel = True
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         place = self.groups.coordinates

@@ -43,7 +43,9 @@ def adamw_by_hand(dtype: torch.dtype, steps: int) -> dict[str, torch.Tensor]:
     for name, logical in logical_parameters(dtype).items():
         master = torch.nn.Parameter(logical_values(name, logical.shape, 0).to(logical.dtype).float())
         decay = 0.1 if len(logical.shape) >= 2 else 0.0
-        adamw = torch.optim.AdamW([master], lr=ranks.LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+        adamw = torch.optim.AdamW(
+            [master], lr=ranks.LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay
+        )
         for step in range(1, steps + 1):
             master.grad = logical_values(name, logical.shape, step)
             adamw.step()
@@ -61,7 +63,9 @@ def test_saved_state_is_adamw_of_every_whole_tensor(four: dict[str, Any], dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_resume_in_the_same_layout_is_bit_equal_to_never_having_stopped(four: dict[str, Any], dtype: str) -> None:
+def test_resume_in_the_same_layout_is_bit_equal_to_never_having_stopped(
+    four: dict[str, Any], dtype: str
+) -> None:
     found = four[dtype]
     assert found["steps"] == 3
     assert differing(found["loaded"], found["saved"]) == []
@@ -80,7 +84,9 @@ def test_any_layout_of_four_ranks_loads_and_trains_on_exactly(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_process_loads_and_trains_on_exactly(four: dict[str, Any], alone: dict[str, Any], dtype: str) -> None:
+def test_one_process_loads_and_trains_on_exactly(
+    four: dict[str, Any], alone: dict[str, Any], dtype: str
+) -> None:
     assert differing(alone[dtype]["loaded"], four[dtype]["saved"]) == []
     assert differing(alone[dtype]["trained on"], four[dtype]["straight"]) == []
 

@@ -1,0 +1,163 @@
+"""The logical tensors of a state and of a checkpoint, and how one is filled from the other. No collective.
+
+A state's tensors are megatron-core ShardedTensors: a key, a global shape and where this rank's piece lies in it. A
+checkpoint's are the table `tensors.json`: the same, and in which file each stored piece lies. Nothing here
+unpickles: upstream's `.metadata` and `common.pt` are never read; the pieces are read by torch.load(weights_only=True).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from parallel.manifest import CheckpointError
+
+TABLE_NAME = "tensors.json"
+
+
+def extract_tensors(state: ShardedStateDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ShardedTensors of a state, factories applied, and the factories that put loaded pieces together
+    again.
+
+    Empty `_extra_state` objects (what layers without FP8 have) are left out.
+
+    Raises:
+        TypeError: another leaf that is not a tensor: it would have to be unpickled on load.
+    """
+    leaves, _, factories = load_preprocess(state)
+    tensors, others = extract_matching_values(leaves, lambda leaf: isinstance(leaf, ShardedTensor))
+    for leaf in nested_values(others):
+        if not (
+            isinstance(leaf, ShardedObject) and leaf.key.endswith("_extra_state") and _is_empty(leaf.data)
+        ):
+            raise TypeError(
+                f"{leaf!r} is in the state of a checkpoint: only sharded tensors are stored, since an object would "
+                "have to be unpickled on load; put plain values into `extra` and tensors into a ShardedTensor"
+            )
+    # copies, since a save and a load write into these objects; the data stay shared
+    return dict_list_map_outplace(replace, tensors), factories
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, io.BytesIO):
+        return not value.getbuffer().nbytes
+    return value is None or (torch.is_tensor(value) and not value.numel())
+
+
+def read_table(directory: Path) -> dict[str, Any]:
+    """The tensor table of a checkpoint: key -> dtype, shape, pieces."""
+    return json.loads((directory / TABLE_NAME).read_bytes())
+
+
+def leaves(tensors: dict[str, Any]) -> list[ShardedTensor]:
+    """The ShardedTensors of a nested dict, in its order."""
+    return list(nested_values(tensors))
+
+
+def wanted_table(tensors: dict[str, Any]) -> dict[str, list[Any]]:
+    """key -> dtype, global shape of the sharded tensors of this rank, as `logical_table` has them."""
+    return {
+        leaf.key: [str(leaf.dtype).removeprefix("torch."), list(leaf.global_shape)]
+        for leaf in leaves(tensors)
+    }
+
+
+def check_fit(
+    path: Path, stored: dict[str, list[Any]], wanted: dict[str, list[Any]], ignore: tuple[str, ...]
+) -> None:
+    """Refuse a checkpoint whose logical tensors are not the wanted ones; keys with an ignored prefix may be left.
+
+    Raises:
+        CheckpointError: naming the missing, the unexpected, and those of another dtype or shape.
+    """
+    unexpected = (
+        key for key in sorted(stored.keys() - wanted.keys()) if not key.startswith(ignore or ("\0",))
+    )
+    problems = [
+        *(f"{key} is not in it" for key in sorted(wanted.keys() - stored.keys())),
+        *(f"{key} is in it and not in this model" for key in unexpected),
+        *(
+            f"{key} is {stored[key]} in it and {wanted[key]} here"
+            for key in sorted(wanted.keys() & stored.keys())
+            if wanted[key] != stored[key]
+        ),
+    ]
+    if problems:
+        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+        raise CheckpointError(
+            f"{path} does not fit this model, {len(problems)} tensors differ ({shown}): names, dtypes and global "
+            "shapes must be equal; use the model and training sections of the run file that it was saved with"
+        )
+
+
+def logical_table(table: dict[str, Any]) -> dict[str, list[Any]]:
+    """What of a tensor table does not depend on the layout: key -> dtype, global shape."""
+    return {key: [entry["dtype"], entry["shape"]] for key, entry in table.items()}
+
+
+class _Reader(torch_checkpoint.FileSystemReader):
+    """Reads pieces by our own table instead of upstream's pickled metadata."""
+
+    def __init__(self, directory: Path, table: dict[str, Any]) -> None:
+        super().__init__(str(directory))
+        self._table = table
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        tensors, places = {}, {}
+        for key, entry in self._table.items():
+            chunks = []
+            for offsets, sizes, name, start, length in entry["pieces"]:
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                places[MetadataIndex(key, offsets)] = _StorageInfo(name, start, length)
+            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return Metadata(tensors, storage_data=places)
+
+
+def read_tensors(template: ShardedStateDict, directory: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """Fill a template; no collective. A leaf with data is filled in place, one without gets a new CPU tensor.
+
+    Returns: the template's structure with plain tensors as leaves.
+    """
+    tensors, factories = extract_tensors(template)
+    flat, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(tensors)
+    wanted = mcore_to_pyt_state_dict(flat, is_loading=True)
+    torch_checkpoint.load(
+        wanted, storage_reader=_Reader(directory, table), planner=MCoreLoadPlanner(), no_dist=True
+    )
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
+    nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_names, renamed)
+    return apply_factory_merges(nested, factories)
