@@ -77,8 +77,8 @@ def check_slopes_shape(slopes: torch.Tensor, q: torch.Tensor) -> None:
         )
     if slopes.device != q.device:
         raise ValueError(
-            f"slopes is on {slopes.device} but q is on {q.device}: one device is allowed; register slopes as a buffer so "
-            "that it moves with the model"
+            f"slopes is on {slopes.device} but q is on {q.device}: one device is allowed; register slopes as a "
+            "buffer so that it moves with the model"
         )
     if slopes.requires_grad:
         raise ValueError(

@@ -103,6 +103,9 @@ template <int kKeyDim, bool kReverse, bool kOutput>
 M1_DEVICE void feed(const Parameters& p, const Shared<kKeyDim>& shared) {
   using Layout = Shared<kKeyDim>;
   constexpr uint32_t kBytes = kOutput ? Layout::kStageBytes : Layout::kStageBytes - Layout::kKeyBytes;
+  if (kOutput) prefetch_map(&p.q);
+  prefetch_map(&p.k);
+  prefetch_map(&p.v);
   uint32_t turn = 0;
   for (int i = int(block_index()); i < p.num_items; i += int(num_blocks())) {
     const M1LightningItem item = walked<kReverse, kOutput>(p, i);
@@ -326,6 +329,8 @@ M1_DEVICE void scan(const Parameters& p, const Shared<kKeyDim>& shared) {
       barrier_wait(shared.full(stage), turn / kStages & 1);
       if (valid < int(kChunk)) {
         zero_rows_from(shared.v(stage), valid, at.thread);
+        // The copy engine will write these rows again.
+        fence_async_proxy();
         sync_named(kScanThreads, 128);
       }
       if (kOutput) {

@@ -16,7 +16,7 @@ MIN_SEGMENT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanPlan:
-    """Work of one call: items of the main pass and of the state prepass, int32 [n, 8] on CPU, workspace slots, segments."""
+    """Work of one call: items of the main pass and of the state prepass (int32 [n, 8] on CPU), workspace slots."""
 
     items: torch.Tensor
     state_items: torch.Tensor
