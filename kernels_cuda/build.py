@@ -1,8 +1,9 @@
 """Finds nvcc, builds the kernel library for sm_90a, loads it, or says once what is missing.
 
-One object per source file, cached by the hash of everything it can include; one library bound through the LibTorch
-stable ABI (target 2.10), static CUDA runtime, no Python symbol: the same file loads in any torch from 2.10 on, with
-or without CUDA. setup.py loads this file by path, so nothing here imports torch before it must.
+One object per source file, cached by the hash of everything it can include; one library bound through the
+LibTorch stable ABI (target 2.10), static CUDA runtime, no Python symbol: the same file loads in any torch
+from 2.10 on, with or without CUDA. setup.py loads this file by path, so nothing here imports torch before it
+must.
 """
 
 import functools
@@ -75,7 +76,15 @@ def command_for(source: Path) -> list[str]:
     includes = [f"-I{PACKAGE / 'csrc'}", f"-I{PACKAGE}"]
     if source.suffix == ".cu":
         return [str(find_nvcc()), *CUDA_FLAGS, *includes, "-c", str(source)]
-    return [str(find_nvcc()), *BIND_FLAGS, TORCH_TARGET, *includes, f"-I{torch_folder()}/include", "-c", str(source)]
+    return [
+        str(find_nvcc()),
+        *BIND_FLAGS,
+        TORCH_TARGET,
+        *includes,
+        f"-I{torch_folder()}/include",
+        "-c",
+        str(source),
+    ]
 
 
 def content_hash(paths: list[Path], words: list[str]) -> str:
@@ -95,7 +104,8 @@ def library_name() -> str:
 
 
 def compile_object(source: Path, cache: Path) -> Path:
-    """Compile one source into the cache unless the same content is there; its .log holds the compiler's words.
+    """Compile one source into the cache unless the same content is there; its .log holds the compiler's
+    words.
 
     Raises RuntimeError with the compiler's output when it fails.
     """
@@ -112,7 +122,12 @@ def compile_object(source: Path, cache: Path) -> Path:
 def run(command: list[str]) -> str:
     """Run a compiler and return what it printed; raises RuntimeError with that text when it fails."""
     result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=COMPILE_TIMEOUT_S,
+        check=False,
     )
     if result.returncode:
         raise RuntimeError(f"exit status {result.returncode} from: {' '.join(command)}\n{result.stdout}")
@@ -120,9 +135,12 @@ def run(command: list[str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of objects and libraries built on first use: beside the checkout, else the user's cache."""
+    """Return the folder of objects and libraries built on first use: beside the checkout, else the user's
+    cache."""
     checkout = PACKAGE.parent / "pyproject.toml"
-    return PACKAGE.parent / "build" / "kernels" if checkout.exists() else Path.home() / ".cache" / "megatron-m1"
+    return (
+        PACKAGE.parent / "build" / "kernels" if checkout.exists() else Path.home() / ".cache" / "megatron-m1"
+    )
 
 
 def build_library(directory: Path, cache: Path | None = None) -> Path:
@@ -147,13 +165,15 @@ def build_library(directory: Path, cache: Path | None = None) -> Path:
 
 
 def find_library() -> Path | None:
-    """Return the built library of exactly these sources, from the wheel or from an earlier first use, or None."""
+    """Return the built library of exactly these sources, from the wheel or from an earlier first use, or
+    None."""
     candidates = (PACKAGE / library_name(), cache_folder() / library_name())
     return next((path for path in candidates if path.exists()), None)
 
 
 def why_not() -> str | None:
-    """Return why the CUDA kernels cannot run in this process, or None when they can (they may still need a build)."""
+    """Return why the CUDA kernels cannot run in this process, or None when they can (they may still need a
+    build)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -167,7 +187,8 @@ def why_not() -> str | None:
 
 @functools.cache
 def load_library() -> bool:
-    """Load the kernels, building them first where needed; say once why not. Returns whether they can be called."""
+    """Load the kernels, building them first where needed; say once why not. Returns whether they can be
+    called."""
     import torch
 
     reason = why_not()
@@ -200,7 +221,10 @@ def parse_ptxas(log: str) -> list[KernelReport]:
     )
     return [
         KernelReport(
-            name=match[1], registers=int(match[5]), stack_bytes=int(match[2]), spill_bytes=int(match[3]) + int(match[4])
+            name=match[1],
+            registers=int(match[5]),
+            stack_bytes=int(match[2]),
+            spill_bytes=int(match[3]) + int(match[4]),
         )
         for match in pattern.finditer(log)
     ]

@@ -1,14 +1,14 @@
 """The MoE operators m1::moe_route, moe_sort, moe_permute, moe_unpermute and grouped_mlp: schema, fakes,
 autograd.
 
-Arguments are checked here, the work is done in routing.py and experts.py (any device). Gradients are
-operators too, so torch.compile sees no Python. Legend: T tokens, K choices per token, R rows (token-expert
-pairs sorted by expert), D width, F ffn width, E experts.
+Arguments are checked here; sm90.py does the work on a Hopper GPU, routing.py and experts.py anywhere else.
+Gradients are operators too, so torch.compile sees no Python. Legend: T tokens, K choices per token, R rows
+(token-expert pairs sorted by expert), D width, F ffn width, E experts.
 """
 
 import torch
 
-from kernels_cuda.moe import checks, experts, routing
+from kernels_cuda.moe import checks, experts, routing, sm90
 
 _library = torch.library.Library("m1", "FRAGMENT")
 _library.define("moe_route(Tensor logits, int top_k) -> (Tensor weights, Tensor experts)")
@@ -106,24 +106,46 @@ def grouped_mlp(
     ]
 
 
+def _route(logits, top_k):
+    path = sm90 if sm90.serves_route(logits) else routing
+    return path.route(logits, top_k)
+
+
+def _sort(experts_TK, num_experts):
+    path = sm90 if sm90.serves_sort(experts_TK, num_experts) else routing
+    return path.sort_by_expert(experts_TK, num_experts)
+
+
+def _permute(x, pair_of_row, row_of_pair):
+    path = sm90 if sm90.serves_matrices(x) else routing
+    return path.permute(x, pair_of_row, row_of_pair)
+
+
+def _unpermute(y, pair_of_row, row_of_pair):
+    path = sm90 if sm90.serves_matrices(y) else routing
+    return path.unpermute(y, pair_of_row, row_of_pair)
+
+
 def _grouped_mlp(x, gate_up, down, rows_per_expert, row_weights, gate_up_main_grad, down_main_grad):
-    return experts.grouped_forward(x, gate_up, down, rows_per_expert, row_weights)
+    path = sm90 if sm90.serves_matrices(x, gate_up, down) else experts
+    return path.grouped_forward(x, gate_up, down, rows_per_expert, row_weights)
 
 
 def _grouped_mlp_backward(
     d_y, x, hidden, gate_up, down, rows_per_expert, row_weights, gate_up_main_grad, down_main_grad
 ):
-    return experts.grouped_backward(
+    path = sm90 if sm90.serves_matrices(x, gate_up, down) else experts
+    return path.grouped_backward(
         d_y, x, hidden, row_weights, rows_per_expert, (gate_up, gate_up_main_grad), (down, down_main_grad)
     )
 
 
 for _name, _kernel in {
-    "moe_route": routing.route,
+    "moe_route": _route,
     "moe_route_backward": routing.route_backward,
-    "moe_sort": routing.sort_by_expert,
-    "moe_permute": routing.permute,
-    "moe_unpermute": routing.unpermute,
+    "moe_sort": _sort,
+    "moe_permute": _permute,
+    "moe_unpermute": _unpermute,
     "grouped_mlp": _grouped_mlp,
     "grouped_mlp_backward": _grouped_mlp_backward,
 }.items():

@@ -49,7 +49,9 @@ STRUCTURES = {
         grouped=False,
     ),
     "m1_moe_permute": structure("Permute", "from to row_map", "num_rows num_choices width", grouped=False),
-    "m1_moe_unpermute": structure("Unpermute", "from to row_map", "num_rows num_choices width", grouped=False),
+    "m1_moe_unpermute": structure(
+        "Unpermute", "from to row_map", "num_rows num_choices width", grouped=False
+    ),
     "m1_grouped_gate_up_sm90": structure(
         "GateUp", "x gate_up row_weights hidden act", "width ffn_width", "x_stride_row"
     ),
@@ -65,11 +67,11 @@ STRUCTURES = {
 }
 
 
-def compile_emulated(root: Path = PACKAGE, optimisation: str = "-O1") -> Path:
+def compile_emulated(root: Path = PACKAGE) -> Path:
     """Compile the sources under root with g++ into a library named by their content; returns its path."""
     compiler = shutil.which("g++")
     assert compiler is not None, "g++ is needed to run the kernels in the emulator: install it"
-    digest = hashlib.sha256(optimisation.encode())
+    digest = hashlib.sha256()
     for path in sorted([*root.glob("moe/*.*"), *root.glob("csrc/**/*.*")]):
         digest.update(path.read_bytes())
     target = Path(tempfile.gettempdir()) / f"m1-emulated-moe-{digest.hexdigest()[:16]}.so"
@@ -77,28 +79,37 @@ def compile_emulated(root: Path = PACKAGE, optimisation: str = "-O1") -> Path:
         partial = target.with_suffix(f".{id(target)}")
         sources = [str(root / "moe" / name) for name in SOURCES]
         includes = [f"-I{root / 'csrc'}", f"-I{root}"]
-        command = [compiler, "-std=c++17", optimisation, "-fPIC", "-shared", *includes, "-x", "c++", *sources]
+        command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", *includes, "-x", "c++", *sources]
         subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
         partial.replace(target)
     return target
 
 
+def group_of(rows_per_expert_E: torch.Tensor, num_rows: int) -> Group:
+    return Group(rows_per_expert_E.data_ptr(), num_rows, rows_per_expert_E.numel(), NUM_BLOCKS, None)
+
+
 class Kernels:
-    """The launchers of one compiled library; a call that fails raises RuntimeError with the emulator's reason."""
+    """The launchers of one compiled library; a call that fails raises RuntimeError with the emulator's
+    reason."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.m1_emulator_error.restype = ctypes.c_char_p
 
-    def call(self, name: str, rows_per_expert: torch.Tensor | None = None, num_rows: int = 0, **fields) -> None:
+    def call(self, name: str, group: Group | None = None, **fields) -> None:
         call = STRUCTURES[name]()
         for field, value in fields.items():
             setattr(call, field, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-        if rows_per_expert is not None:
-            call.group = Group(rows_per_expert.data_ptr(), num_rows, rows_per_expert.numel(), NUM_BLOCKS, None)
+        if group is not None:
+            call.group = group
         status = getattr(self.library, name)(ctypes.byref(call))
         if status != 0:
             raise RuntimeError(f"{name} returned {status}: {self.library.m1_emulator_error().decode()}")
+        outputs = [value for value in fields.values() if isinstance(value, torch.Tensor)]
+        for guard in filter(None, (getattr(output, "guard", None) for output in outputs)):
+            if not guard().isnan().all():
+                raise RuntimeError(f"{name} wrote below the last row of an output")
 
     def gate_up(self, x_RD, gate_up_E2FD, rows_per_expert_E, row_weights_R):
         """Returns hidden [R, 2, F] and act [R, F], both filled with NaN before the call."""
@@ -107,8 +118,7 @@ class Kernels:
         act_RF = poisoned(x_RD.shape[0], ffn_width)
         self.call(
             "m1_grouped_gate_up_sm90",
-            rows_per_expert_E,
-            x_RD.shape[0],
+            group_of(rows_per_expert_E, x_RD.shape[0]),
             x=x_RD,
             gate_up=gate_up_E2FD,
             row_weights=row_weights_R,
@@ -122,12 +132,13 @@ class Kernels:
 
     def product(self, in_RK, weight, rows_per_expert_E, transposed):
         """Returns in weight_e^T, or in weight_e when transposed, as [R, N]."""
-        depth, columns = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
+        depth, columns = (
+            (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
+        )
         out_RN = poisoned(in_RK.shape[0], columns)
         self.call(
             "m1_grouped_product_sm90",
-            rows_per_expert_E,
-            in_RK.shape[0],
+            group_of(rows_per_expert_E, in_RK.shape[0]),
             **{"in": in_RK},
             weight=weight,
             out=out_RN,
@@ -147,8 +158,7 @@ class Kernels:
             d_weights_R = poisoned(rows, dtype=torch.float32)
         self.call(
             "m1_grouped_down_backward_sm90",
-            rows_per_expert_E,
-            rows,
+            group_of(rows_per_expert_E, rows),
             d_y=d_y_RD,
             down=down_EDF,
             hidden=hidden_R2F,
@@ -166,8 +176,7 @@ class Kernels:
         """Adds to an fp32 grad, overwrites a bf16 one."""
         self.call(
             "m1_grouped_weight_gradient_sm90",
-            rows_per_expert_E,
-            left_RM.shape[0],
+            group_of(rows_per_expert_E, left_RM.shape[0]),
             left=left_RM,
             right=right_RN,
             grad=grad_EMN,
@@ -178,6 +187,15 @@ class Kernels:
         )
 
 
+GUARD_ROWS = 64
+
+
 def poisoned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Return a tensor of NaN: what a kernel leaves out cannot pass for a result."""
-    return torch.full(shape, float("nan"), dtype=dtype)
+    """Return a tensor of NaN: what a kernel leaves out cannot pass for a result.
+
+    Rows of NaN follow it in memory; tensor.guard() returns them, and no kernel may write there.
+    """
+    whole = torch.full((shape[0] + GUARD_ROWS, *shape[1:]), float("nan"), dtype=dtype)
+    tensor = whole[: shape[0]]
+    tensor.guard = lambda: whole[shape[0] :]  # type: ignore[attr-defined]
+    return tensor

@@ -1,0 +1,117 @@
+"""Faults planted in copies of the grouped kernels: every one must be caught by the emulator or by the numbers.
+
+One library holds them all: FAULT asks whether this place's own number is the active one, 0 is the unharmed kernel.
+"""
+
+import shutil
+from pathlib import Path
+
+from tests.kernels_cuda.moe.emulated import PACKAGE
+
+GEMM, EPILOGUE, TILES = "grouped_gemm_sm90.cu", "grouped_epilogue.cuh", "grouped_tiles.cuh"
+
+# name: (file, the right text, the text with the fault in it)
+FAULTS = {
+    "gate and up loaded in each other's place": (
+        GEMM,
+        "2 * tile.expert + box / 2",
+        "2 * tile.expert + (FAULT ? 1 - box / 2 : box / 2)",
+    ),
+    "the weights of expert 0 for everybody": (GEMM, "k, tile.expert)", "k, FAULT ? 0 : tile.expert)"),
+    "no wait for the last product": (GEMM, "wgmma_wait<0>();", "if (!FAULT) wgmma_wait<0>();"),
+    "a stage given back one product early": (
+        GEMM,
+        "wgmma_wait<1>();",
+        "if (FAULT) wgmma_wait<2>(); else wgmma_wait<1>();",
+    ),
+    "stages never given back": (GEMM, "if (lane == 0) barrier", "if (lane == 0 && !FAULT) barrier"),
+    "the loader does not wait for free stages": (
+        GEMM,
+        "barrier_wait(ring.empty(), ring.parity ^ 1);",
+        "if (!FAULT) barrier_wait(ring.empty(), ring.parity ^ 1);",
+    ),
+    "the loader waits for the other phase": (GEMM, "ring.parity ^ 1)", "ring.parity ^ (FAULT ? 0 : 1))"),
+    "bytes of one box not awaited": (
+        GEMM,
+        "barrier_expect(ring.full(), kStageBytes)",
+        "barrier_expect(ring.full(), kStageBytes - (FAULT ? kTileBytes : 0))",
+    ),
+    "full stages not awaited": (
+        GEMM,
+        "    barrier_wait(ring.full(), ring.parity);\n    if constexpr",
+        "    if (!FAULT) barrier_wait(ring.full(), ring.parity);\n    if constexpr",
+    ),
+    "both warpgroups read the upper half": (GEMM, "half * kTileBytes", "(FAULT ? 0 : half) * kTileBytes"),
+    "descriptor steps of the other layout": (
+        GEMM,
+        "kRight ? n_major(ring.right(), step)",
+        "(kRight && !FAULT) ? n_major(ring.right(), step)",
+    ),
+    "one row of the next expert in the depth": (
+        GEMM,
+        "zero_rows_from(ring, depth - k,",
+        "zero_rows_from(ring, depth - k + (FAULT ? 1 : 0),",
+    ),
+    "zeros not published to the tensor cores": (
+        GEMM,
+        "fence_async_proxy();",
+        "if (!FAULT) fence_async_proxy();",
+    ),
+    "the other warpgroup's zeros not awaited": (
+        GEMM,
+        "sync_named(1, 256);",
+        "if (!FAULT) sync_named(1, 256);",
+    ),
+    "one row too many stored": (
+        EPILOGUE,
+        "row < mine.num_rows && unit",
+        "row < mine.num_rows + (FAULT ? 1 : 0) && unit",
+    ),
+    "columns beyond the matrix stored": (
+        EPILOGUE,
+        "unit * 8 < columns",
+        "unit * 8 < columns + (FAULT ? 8 : 0)",
+    ),
+    "wrong lane map of the staging": (EPILOGUE, "8 * (matrix & 1)", "8 * (FAULT ? matrix / 2 : matrix & 1)"),
+    "row weights of the other half": (
+        EPILOGUE,
+        "weights.of_half[i % 2]",
+        "weights.of_half[FAULT ? 1 - i % 2 : i % 2]",
+    ),
+    "the derivative of the sigmoid forgotten": (
+        EPILOGUE,
+        "(slope + silu * (1.0f - slope))",
+        "(slope + (FAULT ? 0.0f : silu * (1.0f - slope)))",
+    ),
+    "shares of four lanes in one place": (
+        EPILOGUE,
+        "+ mine.lane % 4] = row_sums",
+        "+ (FAULT ? 0 : mine.lane % 4)] = row_sums",
+    ),
+    "a group's second row of tiles skipped": (
+        TILES,
+        "const int row_tiles = ceil_div(rows_.num_rows(), kTileHeight);",
+        "const int row_tiles = FAULT ? rows_.num_rows() > 0 : ceil_div(rows_.num_rows(), kTileHeight);",
+    ),
+    "an expert's rows start one early": (
+        TILES,
+        "first_row_ += num_rows_;",
+        "first_row_ += num_rows_ - (FAULT && num_rows_ > 0);",
+    ),
+}
+
+
+def plant_faults(target: Path) -> Path:
+    """Copy the kernels below target with every fault planted behind its number; returns the copy's root."""
+    root = target / "kernels_cuda"
+    for folder in ("moe", "csrc"):
+        shutil.copytree(PACKAGE / folder, root / folder)
+    for number, (file, right, faulty) in enumerate(FAULTS.values(), start=1):
+        path = root / "moe" / file
+        text = path.read_text()
+        assert right in text, f"fault {number} expects {right!r} in {file}"
+        path.write_text(text.replace(right, faulty.replace("FAULT", f"(m1_fault == {number})")))
+    primitives = root / "csrc" / "primitives.h"
+    switch = '#pragma once\nextern "C" { inline volatile int m1_fault = 0; }\n'
+    primitives.write_text(primitives.read_text().replace("#pragma once\n", switch, 1))
+    return root
