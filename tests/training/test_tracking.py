@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from megatron_m1.training import mlflow_sink
+from megatron_m1.training import mlflow_run, mlflow_sink
 from megatron_m1.training.metrics import StepMetrics
 from megatron_m1.training.mlflow_run import MlflowRun, RunPosition
 from megatron_m1.training.spool import RECORD_FILE_NAME, read_steps
@@ -113,6 +113,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+def no_sink_is_alive() -> bool:
+    return not any(thread.name == "mlflow-sink" for thread in threading.enumerate())
+
+
 def assert_history_is_the_record(config: TrackingConfig, directory: Path, run_id: str | None) -> None:
     record = read_steps(directory / RECORD_FILE_NAME)
     assert record
@@ -145,8 +149,10 @@ def test_a_server_killed_in_mid_run_and_back_has_the_complete_history(
 
 
 def test_no_call_waits_for_a_frozen_server(
-    server: MlflowServer, config: TrackingConfig, tmp_path: Path
+    server: MlflowServer, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A call that waits for this server now waits for ever, and not for ten seconds that a test could miss.
+    monkeypatch.setitem(mlflow_run._CLIENT_ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "100000")
     lives: list[Tracking] = []
 
     def train() -> None:
@@ -169,6 +175,7 @@ def test_no_call_waits_for_a_frozen_server(
         assert server.is_stopped()
     finally:
         server.resume()
+    wait_for(no_sink_is_alive, "the end of the abandoned sink")
     assert len(read_steps(tmp_path / RECORD_FILE_NAME)) == 300
     assert replay(config, tmp_path, CLOSE_TIMEOUT_S)
     (run,) = runs_of(config)
@@ -380,11 +387,30 @@ def test_a_long_line_cut_by_a_crash_is_sent_again_and_not_taken_for_whole(
         tracking.log_step(step_metrics(1, **line))
         wait_for(lambda: len(calls) > 1, "the cut")
         tracking.close(timeout_s=0.0)
-        wait_for(lambda: not any(thread.name == "mlflow-sink" for thread in threading.enumerate()), "the end")
+        wait_for(no_sink_is_alive, "the end")
     with a_life(config, tmp_path, resume_from_step=0) as tracking:
         tracking.log_step(step_metrics(1, **line))
     for name in ("loss_nats", "load/expert_2559"):
         assert [step for step, _ in history_of(config, tracking.run_id, name)] == [1], name
+
+
+def test_an_end_that_the_server_did_not_hear_is_told_by_replay(
+    config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(run: MlflowRun, status: str) -> None:
+        raise ConnectionError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowRun, "end", lose)
+        tracking = track(config, tmp_path)
+        log_steps(tracking, range(1, 4))
+        wait_for(lambda: tracking.run_id is not None, "the run")
+        tracking.close(timeout_s=1.0)
+        wait_for(no_sink_is_alive, "the end")
+    assert runs_of(config)[0].info.status == "RUNNING"
+    assert replay(config, tmp_path, CLOSE_TIMEOUT_S)
+    assert runs_of(config)[0].info.status == "FINISHED"
+    assert_history_is_the_record(config, tmp_path, tracking.run_id)
 
 
 def test_pauses_grow_while_the_server_is_away_and_end_with_its_return(
