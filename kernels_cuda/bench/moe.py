@@ -1,0 +1,293 @@
+"""The MoE kernels on a GPU: every result against fp64, then times against torch._grouped_mm and dense cuBLAS.
+
+Sizes are MiniMax-M1's (width 6144, ffn 9216, top-2 of 32; 4 local experts stand for EP8). FLOPs: forward 6 R D F,
+backward 12 R D F, of rows that exist; padding of tiles is the kernels' own loss. Legend: kernels_cuda/moe/op.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from kernels_cuda.bench.measure import interleaved
+from kernels_cuda.moe import op, routing, sm90
+
+WIDTH, FFN_WIDTH, TOP_K = 6144, 9216, 2
+BF16_LIMIT, FP32_LIMIT = 5e-3, 1e-4
+INPUT_SETS = 2
+ROUNDS, CALLS_PER_ROUND = 8, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One measured load: rows = 2 * tokens over the experts of this GPU, by a routing law."""
+
+    tokens: int
+    experts: int
+    law: str = "balanced"
+
+    @property
+    def rows(self) -> int:
+        return TOP_K * self.tokens
+
+    def counts(self) -> torch.Tensor:
+        """Rows per expert: equal, drawn evenly, or drawn by 1 / rank."""
+        if self.law == "balanced":
+            return torch.full((self.experts,), self.rows // self.experts, device="cuda")
+        shares = (
+            torch.ones(self.experts) if self.law == "multinomial" else 1 / torch.arange(1, self.experts + 1)
+        )
+        generator = torch.Generator().manual_seed(self.experts)
+        drawn = torch.multinomial(shares.float(), self.rows, replacement=True, generator=generator)
+        return torch.bincount(drawn, minlength=self.experts).cuda()
+
+
+TIMED_SHAPES = (
+    Shape(tokens=8192, experts=32),
+    Shape(tokens=8192, experts=32, law="multinomial"),
+    Shape(tokens=8192, experts=32, law="zipf"),
+    Shape(tokens=8192, experts=4),
+    Shape(tokens=32768, experts=4),
+)
+CHECKED_COUNTS = ((128, 256), (70, 0, 131, 1), (1, 0, 0, 200, 64, 65, 3, 0))
+
+
+class Layer:
+    """Weights, gradient buffers and rotating inputs of one grouped MLP."""
+
+    def __init__(
+        self, counts_E: torch.Tensor, width: int = WIDTH, ffn_width: int = FFN_WIDTH, sets: int = 1
+    ) -> None:
+        generator = torch.Generator("cuda").manual_seed(11)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+        self.counts_E, experts, rows = counts_E, counts_E.numel(), int(counts_E.sum())
+        self.gate_up = normal(experts, 2, ffn_width, width).mul_(width**-0.5)
+        self.down = normal(experts, width, ffn_width).mul_(ffn_width**-0.5)
+        self.x = [normal(rows, width) for _ in range(sets)]
+        self.d_y = [normal(rows, width) for _ in range(sets)]
+        self.row_weights = torch.rand(rows, generator=generator, device="cuda")
+        self.main_grads = [torch.zeros(weight.shape, device="cuda") for weight in (self.gate_up, self.down)]
+        self.offsets = counts_E.cumsum(0).int()
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def exact_gradients(layer: Layer, experts_R: torch.Tensor) -> list[torch.Tensor]:
+    """y and the gradients of x, gate_up, down and row_weights in fp64, expert by expert."""
+    leaves = [t.double().requires_grad_() for t in (layer.x[0], layer.gate_up, layer.down, layer.row_weights)]
+    x, gate_up, down, weights = leaves
+    y = torch.zeros_like(x)
+    for expert in range(layer.counts_E.numel()):
+        rows = (experts_R == expert).nonzero().squeeze(1)
+        gate, up = x[rows] @ gate_up[expert, 0].T, x[rows] @ gate_up[expert, 1].T
+        act = torch.nn.functional.silu(gate) * up * weights[rows, None]
+        y = y.index_copy(0, rows, act @ down[expert].T)
+    return [y.detach(), *torch.autograd.grad(y, leaves, layer.d_y[0].double())]
+
+
+def correctness() -> list[dict]:
+    """Every result of grouped_mlp and the row moves against fp64 or the PyTorch path, at ragged small widths."""
+    rows = []
+    for counts in CHECKED_COUNTS:
+        for width, ffn_width in ((512, 768), (136, 328)):
+            layer = Layer(torch.tensor(counts, device="cuda"), width, ffn_width)
+            experts_R = torch.repeat_interleave(torch.arange(len(counts), device="cuda"), layer.counts_E)
+            errors = grouped_errors(layer, exact_gradients(layer, experts_R))
+            limits = {name: FP32_LIMIT if "main" in name else BF16_LIMIT for name in errors}
+            passed = all(errors[name] < limits[name] for name in errors)
+            rows.append(
+                {"op": "grouped_mlp", "counts": str(counts), "width": width, "passed": passed, **errors}
+            )
+    return [*rows, *routing_rows()]
+
+
+def grouped_errors(layer: Layer, exact: list[torch.Tensor]) -> dict[str, float]:
+    """Relative RMS of each result; the accumulated gradients against those of the same kernel's bf16 operands."""
+    leaves = [t.clone().requires_grad_() for t in (layer.x[0], layer.gate_up, layer.down, layer.row_weights)]
+
+    def run() -> list[torch.Tensor]:
+        x, gate_up, down, weights = leaves
+        y = op.grouped_mlp(x, gate_up, down, layer.counts_E, weights)
+        return [y.detach(), *torch.autograd.grad(y, leaves, layer.d_y[0])]
+
+    names = ("y", "d_x", "d_gate_up", "d_down", "d_row_weights")
+    results = run()
+    errors = {name: relative_rms(got, want) for name, got, want in zip(names, results, exact, strict=True)}
+    assert all(torch.equal(*pair) for pair in zip(results, run(), strict=True)), "two runs differ"
+    errors["main_grad"] = main_grad_error(layer)
+    return errors
+
+
+def main_grad_error(layer: Layer) -> float:
+    """The fp32 weight gradient of given bf16 operands against fp64."""
+    grad = torch.zeros(layer.counts_E.numel(), layer.d_y[0].shape[1], layer.x[0].shape[1], device="cuda")
+    sm90._weight_gradient(layer.d_y[0], layer.x[0], layer.counts_E, 132, (layer.down, grad))
+    ends = layer.offsets.tolist()
+    pieces = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    want = torch.stack([layer.d_y[0][rows].double().T @ layer.x[0][rows].double() for rows in pieces])
+    return relative_rms(grad, want)
+
+
+def routing_rows() -> list[dict]:
+    """Route, sort, permute and unpermute equal the PyTorch path, bit for bit where no sum is involved."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    logits_TE = torch.randint(-5, 6, (5000, 32), generator=generator, device="cuda").float()
+    weights, experts = op.moe_route(logits_TE, TOP_K)
+    want_weights, want_experts = routing.route(logits_TE, TOP_K)
+    maps, want_maps = op.moe_sort(experts, 32), routing.sort_by_expert(want_experts, 32)
+    x_TD = torch.randn(5000, 520, generator=generator, device="cuda", dtype=torch.bfloat16)
+    x_RD = op.moe_permute(x_TD, *maps[:2])
+    checks = {
+        "moe_route": torch.equal(experts, want_experts)
+        and relative_rms(weights, want_weights.double()) < 1e-6,
+        "moe_sort": all(torch.equal(*pair) for pair in zip(maps, want_maps, strict=True)),
+        "moe_permute": torch.equal(x_RD, routing.permute(x_TD, *maps[:2])),
+        "moe_unpermute": torch.equal(op.moe_unpermute(x_RD, *maps[:2]), routing.unpermute(x_RD, *maps[:2])),
+    }
+    return [{"op": name, "passed": bool(passed)} for name, passed in checks.items()]
+
+
+def peer_forward(layer: Layer, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The same MLP composed of torch._grouped_mm and element-wise PyTorch."""
+    experts, _, ffn_width, width = gate_up.shape
+    weight = gate_up.view(experts, 2 * ffn_width, width).transpose(1, 2)
+    hidden = torch._grouped_mm(x, weight, offs=layer.offsets)
+    act = torch.nn.functional.silu(hidden[:, :ffn_width]) * hidden[:, ffn_width:]
+    act = act * layer.row_weights.to(act.dtype).unsqueeze(1)
+    return torch._grouped_mm(act, down.transpose(1, 2), offs=layer.offsets)
+
+
+def gemm_calls(layer: Layer) -> dict[str, tuple[Callable[[int], object], int]]:
+    """Each kernel, its peers, and the FLOPs of one call."""
+    rows, width = layer.x[0].shape
+    experts, ffn_width = layer.counts_E.numel(), layer.down.shape[2]
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    hidden = torch.randn(rows, 2, ffn_width, device="cuda", dtype=torch.bfloat16)
+    d_hidden, act = torch.empty_like(hidden), hidden[:, 0].contiguous()
+    partials = torch.empty(rows, 4 * -(-ffn_width // 256), device="cuda")
+    y, d_weights = torch.empty_like(layer.x[0]), torch.empty_like(layer.row_weights)
+    stacked = layer.gate_up.view(experts, 2 * ffn_width, width)
+    ops, counts, weights = torch.ops.m1_sm90, layer.counts_E, layer.row_weights
+    dense = stacked[0].T
+    up, down = 4 * rows * width * ffn_width, 2 * rows * width * ffn_width
+
+    def x(turn: int) -> torch.Tensor:
+        return layer.x[turn % len(layer.x)]
+
+    return {
+        "gate_up+swiglu": (
+            lambda i: ops.grouped_gate_up(x(i), layer.gate_up, counts, weights, blocks, hidden, act),
+            up,
+        ),
+        "gate_up torch._grouped_mm": (
+            lambda i: torch._grouped_mm(x(i), stacked.transpose(1, 2), offs=layer.offsets),
+            up,
+        ),
+        "gate_up dense cuBLAS": (lambda i: x(i) @ dense, up),
+        "down": (lambda i: ops.grouped_product(act, layer.down, counts, False, blocks, y), down),
+        "down torch._grouped_mm": (
+            lambda i: torch._grouped_mm(act, layer.down.transpose(1, 2), offs=layer.offsets),
+            down,
+        ),
+        "down backward+swiglu": (
+            lambda i: ops.grouped_down_backward(
+                x(i), layer.down, hidden, counts, weights, blocks, d_hidden, act, partials, d_weights
+            ),
+            down,
+        ),
+        "d_x": (
+            lambda i: ops.grouped_product(hidden.view(rows, -1), stacked, counts, True, blocks, y),
+            up,
+        ),
+        "d_gate_up fp32": (
+            lambda i: ops.grouped_weight_gradient(
+                hidden.view(rows, -1), x(i), counts, True, blocks, layer.main_grads[0]
+            ),
+            up,
+        ),
+        "d_down fp32": (
+            lambda i: ops.grouped_weight_gradient(x(i), act, counts, True, blocks, layer.main_grads[1]),
+            down,
+        ),
+    }
+
+
+def layer_calls(layer: Layer) -> dict[str, tuple[Callable[[int], object], int]]:
+    """Forward and forward+backward of the whole grouped MLP, ours and the peer's, both with bf16 gradients."""
+    leaves = [t.detach().requires_grad_() for t in (layer.gate_up, layer.down)]
+    flops = 6 * layer.x[0].shape[0] * layer.x[0].shape[1] * layer.down.shape[2]
+
+    def both(forward: Callable) -> Callable[[int], object]:
+        def call(turn: int) -> object:
+            x = layer.x[turn % len(layer.x)].detach().requires_grad_()
+            return torch.autograd.grad(forward(x, *leaves), [x, *leaves], layer.d_y[turn % len(layer.d_y)])
+
+        return call
+
+    def ours(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return op.grouped_mlp(x, gate_up, down, layer.counts_E, layer.row_weights)
+
+    def peer(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return peer_forward(layer, x, gate_up, down)
+
+    return {
+        "layer fwd": (lambda i: ours(layer.x[i % len(layer.x)], layer.gate_up, layer.down), flops),
+        "layer fwd torch._grouped_mm": (
+            lambda i: peer(layer.x[i % len(layer.x)], layer.gate_up, layer.down),
+            flops,
+        ),
+        "layer fwd+bwd": (both(ours), 3 * flops),
+        "layer fwd+bwd torch._grouped_mm": (both(peer), 3 * flops),
+    }
+
+
+def routing_timings(shape: Shape) -> list[dict]:
+    """The four routing kernels against the copy that their bytes would take."""
+    logits_TE = torch.randn(shape.tokens, 32, device="cuda")
+    x_TD = torch.randn(shape.tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
+    _, experts = op.moe_route(logits_TE, TOP_K)
+    maps = op.moe_sort(experts, 32)[:2]
+    x_RD = op.moe_permute(x_TD, *maps)
+    calls = {
+        "moe_route": lambda i: op.moe_route(logits_TE, TOP_K),
+        "moe_sort": lambda i: op.moe_sort(experts, 32),
+        "moe_permute": lambda i: op.moe_permute(x_TD, *maps),
+        "moe_unpermute": lambda i: op.moe_unpermute(x_RD, *maps),
+    }
+    num_bytes = {"moe_permute": (1 + TOP_K) * x_TD.nbytes, "moe_unpermute": (1 + TOP_K) * x_TD.nbytes}
+    return [
+        {"call": name, **asdict(shape), **asdict(timing)}
+        | ({"tb_per_s": num_bytes[name] / timing.median_us * 1e-6} if name in num_bytes else {})
+        for name, timing in interleaved(calls, rounds=ROUNDS).items()
+    ]
+
+
+def timings() -> list[dict]:
+    """One row per call and shape: microseconds, TFLOP/s of existing rows."""
+    rows = []
+    for shape in TIMED_SHAPES:
+        layer = Layer(shape.counts(), sets=INPUT_SETS)
+        for group in (gemm_calls, layer_calls):
+            calls = group(layer)
+            measured = interleaved(
+                {name: call for name, (call, _) in calls.items()}, ROUNDS, calls_per_round=CALLS_PER_ROUND
+            )
+            rows += [
+                {
+                    "call": name,
+                    **asdict(shape),
+                    "tflop_per_s": calls[name][1] / timing.median_us * 1e-6,
+                    **asdict(timing),
+                }
+                for name, timing in measured.items()
+            ]
+        del layer, calls
+        torch.cuda.empty_cache()
+    return [*rows, *routing_timings(TIMED_SHAPES[0])]
