@@ -59,7 +59,9 @@ class LightningAttention(MegatronModule):
         qkvg_ThcK = qkvg.view(tokens, self.heads, 4, self.head_dim)
         q, k, v = torch.nn.functional.silu(qkvg_ThcK[:, :, :3]).unbind(2)
         self.slopes_h = self.slopes_h.to(q.device)
-        o_ThK, _ = lightning_attention(q, k, v, self.slopes_h, cu_seqlens=packed.cu_seqlens)
+        o_ThK, _ = lightning_attention(
+            q, k, v, self.slopes_h, cu_seqlens=packed.cu_seqlens, output_state=False
+        )
         y = self.norm(o_ThK.reshape(tokens, -1))
         gate = torch.sigmoid(qkvg_ThcK[:, :, 3]).reshape(tokens, -1)
         out, _ = self.linear_out((gate * y).view(tokens, 1, -1))
