@@ -530,7 +530,7 @@ def test_replay_of_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"uri": "file:///tmp/runs"}, "not a server or a database that MLflow 3 writes to"),
+        ({"uri": "file:runs"}, "not a server or a database that MLflow 3 writes to"),
         ({"uri": "./mlruns"}, "write sqlite:///path/mlflow.db"),
         ({"experiment": " "}, "is empty"),
         ({"system_metrics_interval_s": 0.0}, "set system_metrics=false"),
