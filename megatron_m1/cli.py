@@ -8,6 +8,7 @@ do not.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def train(
 
     # Before anything imports megatron-core (the run file's sections do): a broken engine would take it down.
     doctor.refuse_broken_packages()
+    # megatron-core says at every import, on every rank, what `m1 doctor` says once.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     from megatron_m1 import config as run_file
 
     if explain:

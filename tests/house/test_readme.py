@@ -58,6 +58,7 @@ def test_the_cheap_commands_run(command):
     words = [sys.executable, "-m", "megatron_m1", *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("m1 train")])
