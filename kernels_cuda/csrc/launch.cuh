@@ -29,10 +29,18 @@ inline int encode_map_3d(CUtensorMap* map, const void* address, const uint64_t (
     if (found != cudaDriverEntryPointSuccess || entry == nullptr) return kNoTensorMapEncoder;
   }
   const uint32_t element_strides[3] = {1, 1, 1};
-  const CUresult result = reinterpret_cast<Encode>(entry)(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(address), dims, strides_bytes, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return reinterpret_cast<Encode>(entry)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(address), dims, strides_bytes, box, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  // A thread whose first CUDA call this is, such as autograd's, has no current context yet: the runtime makes one.
+  int device = 0;
+  if (result == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
+      cudaSetDevice(device) == cudaSuccess)
+    result = encode();
   return result == CUDA_SUCCESS ? 0 : kTensorMapRefused;
 }
 
