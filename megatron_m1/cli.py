@@ -28,6 +28,12 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+# What megatron-core says on every rank of every run: what `m1 doctor` says once, and a look at a gradient that it
+# does not use.
+KNOWN_WARNINGS = (
+    ".*Apex (is|are) not installed",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+)
 USER_MISTAKE = 2
 SOMETHING_BROKEN = 1
 
@@ -59,8 +65,8 @@ def train(
 
     # Before anything imports megatron-core (the run file's sections do): a broken engine would take it down.
     doctor.refuse_broken_packages()
-    # megatron-core says at every import, on every rank, what `m1 doctor` says once.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
     from megatron_m1 import config as run_file
 
     if explain:
