@@ -1,7 +1,7 @@
 """Weights in and out of the Hugging Face format of MiniMax-M1 and MiniMax-Text-01, in any layout.
 
-Every rank reads only what it holds; on the way out rank 0 gathers and writes. Neither ever holds more than
-`buffer_bytes` of a tensor beside the model. A ledger proves that every tensor moved exactly once.
+Every rank reads only what it holds; on the way out rank 0 gathers and writes, through buffers of `buffer_bytes`,
+so that neither direction needs memory for more than the model. A ledger proves that every tensor moved exactly once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Export:
     shard_bytes: int = 5 * 10**9
     """Largest file in bytes, unless one tensor is larger."""
     buffer_bytes: int = BUFFER_BYTES
-    """Most bytes of a tensor held in memory at once."""
+    """Most bytes of a tensor that one buffer holds; rank 0 has one to write from and one to receive into."""
 
 
 def import_weights(
@@ -160,42 +160,38 @@ def _gathered_runs(
 
     Every rank walks the same plan, so each send meets its receive.
     """
-    me = dist.get_rank()
-    rows_at_once = _rows_at_once(tensor.shape, dtype, buffer_bytes)
+    rows_at_once = min(tensor.shape[0], _rows_at_once(tensor.shape, dtype, buffer_bytes))
+    # one buffer for all runs: the caller has written a run before it asks for the next
+    buffer = torch.empty((rows_at_once if dist.get_rank() == 0 else 0, *tensor.shape[1:]), dtype=dtype)
     for first in range(0, tensor.shape[0], rows_at_once):
         last = min(first + rows_at_once, tensor.shape[0])
-        run = torch.empty((last - first if me == 0 else 0, *tensor.shape[1:]), dtype=dtype)
         for piece in tensor.pieces:
             for part in owners.parts_of[piece.key]:
                 overlap = find_overlap(tensor, piece, (first, last), part)
                 if overlap is None:
                     continue
-                box = _moved_to_rank_0(parts.get(part), overlap, dtype, owners.rank_of[part])
-                if box is not None:
-                    rows, *columns = overlap.source
-                    run[(slice(rows.start - first, rows.stop - first), *columns)] = box
-                    ledger.record(piece.key, tensor.name, box.numel())
-        yield run
+                rows, *columns = overlap.source
+                place = buffer[(slice(rows.start - first, rows.stop - first), *columns)]
+                _move_to_rank_0(parts.get(part), overlap, place, owners.rank_of[part])
+                ledger.record(piece.key, tensor.name, place.numel())
+        yield buffer[: last - first]
 
 
-def _moved_to_rank_0(
-    data: torch.Tensor | None, overlap: Overlap, dtype: torch.dtype, owner: int
-) -> torch.Tensor | None:
-    """The box on rank 0; None on every other rank."""
+def _move_to_rank_0(data: torch.Tensor | None, overlap: Overlap, place: torch.Tensor, owner: int) -> None:
+    """Copy the owner's box into its place in rank 0's buffer (an empty one elsewhere)."""
     me = dist.get_rank()
     if owner == me:
         assert data is not None, f"rank {me} owns a part it does not hold"
-        box = data[overlap.local].to(dtype).contiguous()
+        box = data[overlap.local]
         if me == 0:
-            return box.cpu()
-        dist.send(box, 0)
-        return None
-    if me != 0:
-        return None
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    box = torch.empty(overlap.shape, dtype=dtype, device=device)
-    dist.recv(box, owner)
-    return box.cpu()
+            place.copy_(box)
+        else:
+            dist.send(box.to(place.dtype).contiguous(), 0)
+    elif me == 0:
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+        box = torch.empty(overlap.shape, dtype=place.dtype, device=device)
+        dist.recv(box, owner)
+        place.copy_(box)
 
 
 def _compare_with_files(tensors: list[Published], reader: ShardReader) -> tuple[str, ...]:
