@@ -8,6 +8,7 @@ run's directory. It ignores the signals of a batch system; whoever ends the job 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import json
@@ -42,6 +43,8 @@ class BackgroundCall:
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_child_main, args=(action, sender, os.getpid()), daemon=True)
         self._process.start()
+        # a process that ends before it has the result has no use for it; multiprocessing would wait for the child
+        atexit.register(self.end)
         # with our copy of the sending end closed, a dead child reads as the end of the stream
         sender.close()
 
@@ -83,6 +86,7 @@ class BackgroundCall:
         self._ended_s = time.monotonic()
         if self._process is not None:
             self._receiver.close()
+            atexit.unregister(self.end)
 
 
 def _child_main(action: Callable[[], dict[str, Any]], sender: Connection, parent: int) -> None:

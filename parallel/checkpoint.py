@@ -85,10 +85,10 @@ class CheckpointStore:
     """All checkpoints of one run. A method that is not marked local is collective over all ranks."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, groups: Groups) -> None:
-        """Open the store, and delete what dead saves left in it.
+        """Open the checkpoints in a directory, which is created if it does not exist.
 
         Raises:
-            CheckpointError: the directory cannot be created or written.
+            CheckpointError: the directory cannot be created.
         """
         self.directory = Path(directory)
         self._config = config
@@ -97,13 +97,16 @@ class CheckpointStore:
         self._is_first = dist.get_rank() == 0
         self._flight: _Flight | None = None
         self._spread = shards.ReplicaSpread(groups.collection.dp_cp)
-        cleaned = self._agreement.on_first_rank(self._open)
+        self._agreement.on_first_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+
+    def clean(self) -> list[str]:
+        """Delete what dead saves left; the names. Only for the job that writes here, at its start: a save that
+        another living job has in flight would be deleted with them.
+        """
+        cleaned = self._agreement.on_first_rank(lambda: disk.clean(self.directory))
         if cleaned:
             _LOG.info("deleted leftovers of unfinished saves in %s: %s", self.directory, ", ".join(cleaned))
-
-    def _open(self) -> list[str]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return disk.clean(self.directory)
+        return cleaned
 
     def save(self, step: int, sharded_state: ShardedStateDict, extra: dict[str, Any]) -> None:
         """Save a state; with `asynchronous` return once it is staged. Waits for a save that is in flight.
@@ -239,8 +242,9 @@ class CheckpointStore:
         """Load a checkpoint, saved under any layout, into this layout.
 
         template: nested dict of ShardedTensors; one with data is filled in place, others get a new CPU tensor.
-        verify: check the hashes of all files first, each rank a share. ignore: prefixes of keys that the
-        checkpoint may have and the template need not ("optimizer." to load weights only).
+        verify: check the hashes of all files first, each rank a share of them; else their sizes only.
+        ignore: prefixes of keys that the checkpoint may have and the template need not ("optimizer." to load
+        weights only; then call the optimizer's take_masters_from_parameters).
 
         Returns: the template's structure with tensors as leaves, and `extra` as it was saved.
 
@@ -250,9 +254,8 @@ class CheckpointStore:
         """
         path = disk.step_path(self.directory, step)
         found = self._agreement.everywhere(lambda: disk.read_manifest(path))
-        own = found.files[dist.get_rank() :: dist.get_world_size()] if verify else ()
-        self._agreement.everywhere(lambda: disk.check_files(path, found.files, hashed=False))
-        self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=True))
+        own = found.files[dist.get_rank() :: dist.get_world_size()]
+        self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=verify))
         table = self._agreement.everywhere(lambda: stored_tensors.read_table(path))
         tensors, _ = self._agreement.everywhere(lambda: stored_tensors.extract_tensors(template))
         by_rank: list[Any] = [None] * dist.get_world_size()

@@ -8,10 +8,12 @@ missing.) Upstream's `.metadata` and `common.pt` are written too, so that its to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ class ShardWriter(FileSystemWriterAsync):
         """
         if not self.items:
             return {"files": [], "pieces": []}
-        with (directory / self.file_name).open("wb", buffering=0) as raw:
+        with _zip_checksums_off(), (directory / self.file_name).open("wb", buffering=0) as raw:
             stream = _HashingStream(raw)
             try:
                 results = [
@@ -95,6 +97,17 @@ class ShardWriter(FileSystemWriterAsync):
             for result in results
         ]
         return {"files": [[record.name, record.bytes, record.sha256]], "pieces": pieces}
+
+
+@contextlib.contextmanager
+def _zip_checksums_off() -> Iterator[None]:
+    """torch.save without the zip format's own checksum: every byte is hashed here anyway."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _HashingStream(io.RawIOBase):

@@ -162,13 +162,17 @@ class Optimizer:
     def load_sharded_state(self, loaded: dict[str, Any]) -> None:
         """Take over a state that was loaded into `sharded_template`. Collective.
 
-        Load the model's parameters too, before or after: fp32 parameters are their own master weights.
+        Load the model's parameters too, before or after: fp32 parameters are their own masters.
         """
         self.num_steps = int(loaded["step"])
         for number, part in enumerate(self._parts):
             whole = {index: loaded[f"{number}.{index}"] for index in part.exchange.owned}
             part.exchange.to_pieces(whole, part.pieces())
             part.set_step(self.num_steps)
+
+    def take_masters_from_parameters(self) -> None:
+        """Make the fp32 masters of 16-bit parameters anew, after weights were loaded without optimizer state."""
+        self._chained.reload_model_params()
 
     @staticmethod
     def _step_state(num_steps: int) -> ShardedStateDict:

@@ -279,6 +279,7 @@ def resume_after_death(directory: str) -> dict[str, Any]:
     before = sorted(path.name for path in Path(directory).glob("step_*"))
     dist.barrier()
     store = open_store(directory, groups)
+    store.clean()
     newest = store.newest_complete()
     return {
         "before": before,
@@ -403,6 +404,7 @@ def _save_and_die(root: Path, operation: int, kept: int) -> None:
 
 def _what_is_left(root: Path) -> dict[str, Any]:
     store = open_store(root, _alone())
+    store.clean()
     newest = store.newest_complete()
     value = loads(store, newest or -1)
     return {"newest": newest, "value": value, "names": sorted(path.name for path in root.glob("step_*"))}

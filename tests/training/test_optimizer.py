@@ -23,6 +23,10 @@ def steps_of_two() -> dict[str, Any]:
     set_gradients(trainer.chunks, 1)
     found["norm"] = trainer.optimizer.step(LEARNING_RATE)
     found["after one"] = whole_state(trainer)
+    with torch.no_grad():
+        trainer.chunks[0].module.embedding.weight.fill_(0.5)
+    trainer.optimizer.take_masters_from_parameters()
+    found["other weights"] = whole_state(trainer)
     model = trainer.model_state()
     del model["chunk0"]["embedding.weight"]
     try:
@@ -92,6 +96,14 @@ def test_fp32_parameters_are_their_own_masters(two: dict[str, Any]) -> None:
         if key.startswith("optimizer.master.")
     }
     assert masters == {name for name, logical in NAMES.items() if logical.dtype == torch.bfloat16}
+
+
+@pytest.mark.multiprocess
+def test_masters_follow_weights_that_were_loaded_alone(two: dict[str, Any]) -> None:
+    masters = two["other weights"]["optimizer.master.embedding.weight"]
+    assert torch.equal(masters, torch.full_like(masters, 0.5))
+    key = "optimizer.exp_avg.embedding.weight"
+    assert torch.equal(two["other weights"][key], two["after one"][key])
 
 
 @pytest.mark.multiprocess

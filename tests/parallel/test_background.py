@@ -1,0 +1,60 @@
+"""A forked call has a snapshot of memory, tells what became of it, and never outlives its parent's interest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from parallel.background import BackgroundCall
+from tests.spawn import ROOT
+
+
+def test_child_sees_memory_as_it_was() -> None:
+    tensor = torch.ones(1000)
+    call = BackgroundCall(lambda: [time.sleep(0.2), {"sum": float(tensor.sum())}][1], fork=True)
+    tensor.zero_()
+    assert call.running
+    call.wait(10.0)
+    assert (call.result, call.problem, call.running) == ({"sum": 1000.0}, "", False)
+
+
+def test_a_result_larger_than_a_pipe_arrives() -> None:
+    call = BackgroundCall(lambda: {"text": "x" * 1_000_000}, fork=True)
+    call.wait(10.0)
+    assert call.result is not None
+    assert len(call.result["text"]) == 1_000_000
+
+
+def test_errors_arrive_as_text_from_the_child_and_from_here() -> None:
+    for fork in (True, False):
+        call = BackgroundCall(lambda: {"never": 1 // 0}, fork=fork)
+        call.wait(10.0)
+        assert (call.result, call.problem) == (None, "ZeroDivisionError: integer division or modulo by zero")
+
+
+def test_a_child_that_dies_says_so() -> None:
+    call = BackgroundCall(lambda: os.kill(os.getpid(), signal.SIGKILL) or {}, fork=True)
+    call.wait(10.0)
+    assert "exit code -9" in call.problem
+
+
+def test_signals_of_a_batch_system_do_not_end_it() -> None:
+    call = BackgroundCall(lambda: [time.sleep(0.5), {}][1], fork=True)
+    time.sleep(0.2)
+    assert call._process is not None and call._process.pid is not None
+    os.kill(call._process.pid, signal.SIGTERM)
+    call.wait(10.0)
+    assert (call.result, call.problem) == ({}, "")
+
+
+def test_a_parent_that_ends_does_not_wait_for_it() -> None:
+    program = (
+        "import time; from parallel.background import BackgroundCall; "
+        "call = BackgroundCall(lambda: [time.sleep(60), {}][1], fork=True); time.sleep(0.2)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=40)
