@@ -111,6 +111,15 @@ def test_the_library_needs_torch_cpu_and_no_cuda_library(library):
     assert not [name for name in needed if "cuda" in name or "python" in name]
 
 
+@needs_nvcc
+def test_the_library_uses_only_the_stable_c_functions_of_torch(library):
+    command = ["nm", "-D", "--undefined-only", str(library)]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    torch_symbols = [symbol for symbol in symbols if "torch" in symbol]
+    assert all(symbol.startswith(("aoti_torch_", "torch_")) for symbol in torch_symbols), torch_symbols
+    assert not [symbol for symbol in symbols if symbol.startswith(("_ZN3c10", "_ZN2at", "_ZN5torch", "Py"))]
+
+
 def test_the_name_of_the_library_follows_its_sources(monkeypatch, tmp_path):
     before = build.library_name()
     copy = tmp_path / "kernels_cuda"
