@@ -90,6 +90,7 @@ class MlflowRun:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._position = position
         self._experiment = experiment
+        _create_local_database(position.tracking_uri)
         self._client = MlflowClient(tracking_uri=position.tracking_uri)
         self._held: dict[str, dict[int, set[str]]] = {}
         self.is_resumed = False
@@ -221,8 +222,30 @@ class MlflowRun:
         return 0
 
 
+def _create_local_database(tracking_uri: str) -> None:
+    """Create a missing SQLite database under another name and rename it when its schema is whole.
+
+    MLflow creates it by dozens of migrations; a run killed in the middle would leave a file that no later life opens.
+    """
+    database = _sqlite_path(tracking_uri)
+    if database is None or database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = database.with_name(f"{database.name}.unfinished-{os.getpid()}")
+    for leftover in database.parent.glob(f"{database.name}.unfinished-*"):
+        leftover.unlink()
+    store = SqlAlchemyStore(f"sqlite:///{unfinished}", _local_artifact_location(tracking_uri))
+    store.engine.dispose()
+    unfinished.replace(database)
+
+
 def _local_artifact_location(tracking_uri: str) -> str | None:
     """Artifacts of a local database lie beside it; None leaves the place to the server."""
-    if not tracking_uri.startswith("sqlite:"):
-        return None
-    return (Path(urlparse(tracking_uri).path[1:]).parent / "mlflow_artifacts").resolve().as_uri()
+    database = _sqlite_path(tracking_uri)
+    return (database.parent / "mlflow_artifacts").resolve().as_uri() if database else None
+
+
+def _sqlite_path(tracking_uri: str) -> Path | None:
+    """The file of a SQLite URI, None for anything else."""
+    return Path(urlparse(tracking_uri).path[1:]) if tracking_uri.startswith("sqlite:") else None

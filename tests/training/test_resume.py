@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import DataConfig
 from megatron_m1.training.spool import read_steps
 from parallel.manifest import read_manifest
 from tests import tolerances
 from tests.spawn import ROOT
-from tests.training.tiny_run import write_run_file, write_shards
+from tests.training.tiny_run import data_in, write_run_file, write_shards
 
 pytestmark = pytest.mark.multiprocess
 
@@ -26,14 +26,10 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Two small shards of random documents."""
+    """Two small shards."""
     directory = tmp_path_factory.mktemp("data")
     write_shards(directory)
-    return DataConfig(
-        sources=(SourceConfig(prefix=str(directory / "train")),),
-        held_out=(SourceConfig(prefix=str(directory / "held_out")),),
-        tokenizer_path=str(directory / "none.json"),
-    )
+    return data_in(directory)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The smallest real run: shards of random documents, and a run file that trains on them in seconds."""
+"""The smallest real run: shards of counting documents, and a run file that trains on them in seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.index import ShardWriter
 
 VOCAB = 128
@@ -32,13 +32,24 @@ tracking: {{enabled: false}}
 
 
 def write_shards(directory: Path) -> None:
-    """A training shard and a held-out one, of documents of 1 to 150 tokens."""
+    """A training shard and a held-out one: documents of 1 to 150 tokens that count up from a random token, so that
+    the next token can be learnt."""
     random = np.random.default_rng(0)
     for name, documents in (("train", 400), ("held_out", 40)):
         writer = ShardWriter(directory / name, VOCAB)
         for _ in range(documents):
-            writer.add_document(random.integers(0, VOCAB, random.integers(1, 150)))
+            start, length = random.integers(0, VOCAB), random.integers(1, 150)
+            writer.add_document((start + np.arange(length)) % VOCAB)
         writer.finish()
+
+
+def data_in(directory: Path) -> DataConfig:
+    """The two shards as a run's data; they have no tokenizer."""
+    return DataConfig(
+        sources=(SourceConfig(prefix=str(directory / "train")),),
+        held_out=(SourceConfig(prefix=str(directory / "held_out")),),
+        tokenizer_path=str(directory / "none.json"),
+    )
 
 
 def write_run_file(run_dir: Path, data: DataConfig, *, steps: int) -> Path:

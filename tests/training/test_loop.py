@@ -1,0 +1,57 @@
+"""The loop as `m1 train` runs it: it learns in both precisions, ramps the batch, evaluates, and refuses other data."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_m1.training.spool import read_steps
+from tests.spawn import ROOT
+from tests.training.tiny_run import VOCAB, data_in, write_run_file, write_shards
+
+pytestmark = pytest.mark.multiprocess
+
+
+def _train(run_file: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_m1", "train", str(run_file), *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_learns_to_count_and_reports_every_number(precision: str, tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    run_file = write_run_file(tmp_path / "run", data_in(tmp_path), steps=40)
+    done = _train(run_file, f"training.precision={precision}", "training.evaluate_every_steps=20", "layout={}")
+    assert done.returncode == 0, done.stderr
+    steps = read_steps(tmp_path / "run" / "metrics.jsonl")
+    assert list(steps) == list(range(1, 41))
+    assert steps[1]["loss_nats"] == pytest.approx(math.log(VOCAB), rel=0.1)
+    assert steps[40]["loss_nats"] < 0.6 * steps[1]["loss_nats"]
+    # the ramp: 4 rows of 64 tokens until 1,024 tokens are consumed, 8 after
+    assert [steps[step]["consumed_samples"] for step in (1, 4, 5, 6)] == [4, 16, 24, 32]
+    expected = {"auxiliary_loss", "grad_norm", "tokens_per_s", "model_tflops_per_s", "step_time_s", "dropped_share"}
+    assert expected <= steps[40].keys()
+    assert "mfu" not in steps[40], "the peak of a CPU is not known"
+    evaluations = read_steps(tmp_path / "run" / "metrics.jsonl", kind="evaluation")
+    assert list(evaluations) == [20, 40]
+    assert evaluations[40]["held_out_loss_nats"] < evaluations[20]["held_out_loss_nats"]
+    assert f"held-out loss {evaluations[40]['held_out_loss_nats']:.3f}" in done.stderr
+
+
+def test_resuming_with_other_data_is_refused_and_a_fresh_start_keeps_the_old_run(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    run_file = write_run_file(tmp_path / "run", data_in(tmp_path), steps=2)
+    assert _train(run_file, "layout={}").returncode == 0
+    other = _train(run_file, "layout={}", "seed=7")
+    assert other.returncode == 2
+    assert "seed=7 but the checkpoint in" in other.stderr
+    assert "set seed back to 1234, or start anew with --fresh" in other.stderr
+    assert "Traceback" not in other.stderr
+    fresh = _train(run_file, "layout={}", "seed=7", "--fresh")
+    assert fresh.returncode == 0, fresh.stderr
+    [aside] = tmp_path.glob("run.before-*")
+    assert (aside / "checkpoints" / "step_00000002" / "manifest.json").is_file()
