@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
@@ -22,7 +21,7 @@ from rich.console import Console
 from data_pipeline.config import DataConfig, build_dataset
 from data_pipeline.thread import ThreadLoader, sample_ids_hash
 from data_pipeline.tokenize import DocumentEncoder
-from megatron_m1.config import RunConfig, dump_run
+from megatron_m1.config import RunConfig, check_across_sections, dump_run
 from megatron_m1.model.hybrid import build_model
 from megatron_m1.training.batch import Row
 from megatron_m1.training.loop import Trainer
@@ -64,7 +63,9 @@ def train(config: RunConfig, resume: bool = True) -> None:
     )
     connect(launch)
     try:
-        groups = create_groups(config.layout.fit_to_world(launch.world_size), launch.device)
+        config = config.model_copy(update={"layout": config.layout.fit_to_world(launch.world_size)})
+        check_across_sections(config)
+        groups = create_groups(config.layout, launch.device)
         model_parallel_cuda_manual_seed(config.seed)
         _run(config, groups)
     finally:
@@ -99,7 +100,8 @@ def _run(config: RunConfig, groups: Groups) -> None:
     wrapped = wrap_for_gradients(chunks, groups, overlap=config.training.overlap_communication)
     optimizer = build_optimizer(wrapped, config.optimizer, groups)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, groups)
-    position, extra = Position(), {}
+    position = Position()
+    extra: dict[str, Any] = {}
     newest = store.newest_complete()
     if newest is not None:
         position, extra = load_state(store, newest, chunks, optimizer)
@@ -159,12 +161,23 @@ def _refuse_other_data(config: RunConfig, extra: dict[str, Any]) -> None:
         )
 
 
+def _refuse_other_vocabulary(config: RunConfig) -> None:
+    path = Path(config.data.tokenizer_path)
+    entries = DocumentEncoder(path).vocab_size if path.is_file() else 0
+    if entries > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} but the tokenizer {path} has {entries} entries: every entry "
+            f"needs a row of the embedding; set model.vocab_size={entries} or more (a multiple of layout.tp)"
+        )
+
+
 class _Rows:
     """Rows of the run's shards, read ahead in a thread."""
 
     def __init__(self, config: RunConfig) -> None:
         self._data: DataConfig = config.data
         length, seed = config.training.sequence_length, config.seed
+        _refuse_other_vocabulary(config)
         self._train = build_dataset(config.data, length, seed, "train")
         self._held_out = build_dataset(config.data, length, seed, "held_out")
         self._stack = ExitStack()

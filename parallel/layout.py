@@ -113,7 +113,7 @@ class Layout:
             ValueError: with the offending pair, the legal sizes and what to change.
         """
         rules = (
-            ("pp*vpp", self.pp * self.vpp, "layers", num_layers),
+            ("pp*vpp" if self.vpp > 1 else "pp", self.pp * self.vpp, "layers", num_layers),
             ("tp", self.tp, "attention heads", num_heads),
             ("tp", self.tp, "key/value heads", num_kv_heads),
             ("ep", self.ep, "experts", num_experts),

@@ -76,7 +76,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"model.{name}={getattr(self, name)} is not a size: it must be 1 or more; correct it in the run file"
+                    f"model.{name}={getattr(self, name)} is not a size: it must be 1 or more; "
+                    "correct it in the run file"
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -45,9 +45,8 @@ class PostNormLayer(MegatronModule, BaseTransformerLayer):
             config, vp_stage, pg_collection.pp.rank()
         )
         layer_index = self.layer_number - 1
-        attention = {"lightning": LightningAttention, "softmax": SoftmaxAttention}[
-            model.layer_kinds[layer_index]
-        ]
+        is_softmax = model.layer_kinds[layer_index] == "softmax"
+        attention = SoftmaxAttention if is_softmax else LightningAttention
         self.alpha, self.beta = model.alpha, model.residual_beta
         self.attention_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
         self.attention = attention(config, model, layer_index, pg_collection)

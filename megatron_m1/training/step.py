@@ -120,7 +120,7 @@ def _forward(
 def _mean_loss(
     loss_mask_T: torch.Tensor, loss_tokens: int, losses_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This microbatch's share of the mean; the token count is only megatron-core's bookkeeping, nothing divides by it."""
+    """This microbatch's share of the mean; the count beside it is megatron-core's, and nothing divides by it."""
     share = (losses_T.float() * loss_mask_T).sum() / loss_tokens
     return share, torch.ones((), dtype=torch.int), share.detach()
 

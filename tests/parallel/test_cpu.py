@@ -12,7 +12,9 @@ import torch
 from parallel import cpu
 from tests.spawn import ROOT
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter is inactive on a machine with CUDA")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the adapter is inactive on a machine with CUDA"
+)
 
 
 REPLACED = {

@@ -18,9 +18,18 @@ def _groups_of_this_rank() -> list[dict[str, list[int]]]:
     found = []
     for layout in LAYOUTS:
         groups = create_groups(layout, torch.device("cpu"))
-        named = {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "etp": "expt_tp", "ep": "ep", "edp": "expt_dp"}
+        named = {
+            "tp": "tp",
+            "cp": "cp",
+            "dp": "dp",
+            "pp": "pp",
+            "etp": "expt_tp",
+            "ep": "ep",
+            "edp": "expt_dp",
+        }
         members = {
-            axis: dist.get_process_group_ranks(getattr(groups.collection, name)) for axis, name in named.items()
+            axis: dist.get_process_group_ranks(getattr(groups.collection, name))
+            for axis, name in named.items()
         }
         found.append(members | {"place": list(groups.coordinates.values())})
         destroy_groups()

@@ -13,7 +13,13 @@ def test_alone_is_rank_zero_of_one() -> None:
 
 
 def test_torchrun_wins_over_the_allocation_it_runs_in() -> None:
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}
+    environment = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_ID": "0",
+    }
     launch = read_environment(environment)
     assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (5, 8, 1, "torchrun")
 

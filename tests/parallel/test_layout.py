@@ -49,7 +49,9 @@ def test_coordinates_name_every_rank_once() -> None:
 
 def test_dp_grows_to_fill_the_world() -> None:
     assert Layout(tp=2, pp=2).fit_to_world(16).dp == 4
-    with pytest.raises(ValueError, match=r"world size 6 is not a multiple of tp\*cp\*pp=4: start a multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"world size 6 is not a multiple of tp\*cp\*pp=4: start a multiple of 4"
+    ):
         Layout(tp=2, pp=2).fit_to_world(6)
 
 
@@ -69,9 +71,12 @@ def test_impossible_sizes_are_refused_with_what_is_allowed(sizes: dict, message:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"pp": 3}, r"layout.pp\*vpp=3 does not divide the model's 80 layers: choose pp\*vpp from \[1, 2, 4, 5, 8"),
+        ({"pp": 3}, r"layout.pp=3 does not divide the model's 80 layers: choose pp from \[1, 2, 4, 5, 8"),
         ({"tp": 3, "dp": 1}, r"layout.tp=3 does not divide the model's 64 attention heads: choose tp from"),
-        ({"tp": 16}, r"layout.tp=16 does not divide the model's 8 key/value heads: choose tp from \[1, 2, 4, 8\]"),
+        (
+            {"tp": 16},
+            r"layout.tp=16 does not divide the model's 8 key/value heads: choose tp from \[1, 2, 4, 8\]",
+        ),
         ({"dp": 3, "ep": 3}, r"layout.ep=3 does not divide the model's 32 experts"),
     ],
 )
@@ -83,11 +88,15 @@ def test_a_model_that_does_not_split_is_refused(sizes: dict, message: str) -> No
 def test_microbatches_are_counted_and_checked() -> None:
     layout = Layout(tp=2, pp=4, vpp=2, dp=2)
     assert layout.check_batch(global_batch=32, micro_batch=2, sequence_length=64) == 8
-    with pytest.raises(ValueError, match=r"global batch of 30 samples is not a multiple of micro_batch_size\*dp=4"):
+    with pytest.raises(
+        ValueError, match=r"global batch of 30 samples is not a multiple of micro_batch_size\*dp=4"
+    ):
         layout.check_batch(global_batch=30, micro_batch=2, sequence_length=64)
     with pytest.raises(ValueError, match="2 microbatches per step with layout.vpp=2: .* multiple of pp=4"):
         layout.check_batch(global_batch=8, micro_batch=2, sequence_length=64)
-    with pytest.raises(ValueError, match=r"sequence_length=33 x micro_batch_size=1 does not split over cp\*tp=2"):
+    with pytest.raises(
+        ValueError, match=r"sequence_length=33 x micro_batch_size=1 does not split over cp\*tp=2"
+    ):
         layout.check_batch(global_batch=32, micro_batch=1, sequence_length=33)
 
 

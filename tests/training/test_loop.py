@@ -25,7 +25,9 @@ def _train(run_file: Path, *overrides: str) -> subprocess.CompletedProcess:
 def test_a_run_learns_to_count_and_reports_every_number(precision: str, tmp_path: Path) -> None:
     write_shards(tmp_path)
     run_file = write_run_file(tmp_path / "run", data_in(tmp_path), steps=40)
-    done = _train(run_file, f"training.precision={precision}", "training.evaluate_every_steps=20", "layout={}")
+    done = _train(
+        run_file, f"training.precision={precision}", "training.evaluate_every_steps=20", "layout={}"
+    )
     assert done.returncode == 0, done.stderr
     steps = read_steps(tmp_path / "run" / "metrics.jsonl")
     assert list(steps) == list(range(1, 41))
@@ -33,7 +35,14 @@ def test_a_run_learns_to_count_and_reports_every_number(precision: str, tmp_path
     assert steps[40]["loss_nats"] < 0.6 * steps[1]["loss_nats"]
     # the ramp: 4 rows of 64 tokens until 1,024 tokens are consumed, 8 after
     assert [steps[step]["consumed_samples"] for step in (1, 4, 5, 6)] == [4, 16, 24, 32]
-    expected = {"auxiliary_loss", "grad_norm", "tokens_per_s", "model_tflops_per_s", "step_time_s", "dropped_share"}
+    expected = {
+        "auxiliary_loss",
+        "grad_norm",
+        "tokens_per_s",
+        "model_tflops_per_s",
+        "step_time_s",
+        "dropped_share",
+    }
     assert expected <= steps[40].keys()
     assert "mfu" not in steps[40], "the peak of a CPU is not known"
     evaluations = read_steps(tmp_path / "run" / "metrics.jsonl", kind="evaluation")
