@@ -19,6 +19,12 @@ torch.library.define(
     "bool reverse=False, float scale=1.0, bool output_state=True) -> (Tensor o, Tensor state_out)",
 )
 torch.library.define(
+    "m1::lightning_attention_backward",
+    "(Tensor grad_o, Tensor? grad_state, Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor? state_in, "
+    "Tensor? cu_seqlens, bool reverse, float scale, bool needs_state) -> "
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_state_in)",
+)
+torch.library.define(
     "m1::lightning_decode",
     "(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor(a!) state, float scale=1.0) -> Tensor o",
 )
@@ -106,37 +112,51 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_o: torch.Tensor | None, grad_state: torch.Tensor | None):
-    q, k, v, slopes, state_in, cu_seqlens = ctx.saved_tensors
-    needs_q, needs_k, needs_v, _, needs_state = ctx.needs_input_grad[:5]
+    saved = ctx.saved_tensors
     # Autograd hands over expanded gradients (of a sum, say); the kernels read rows.
-    grad_o = q.new_zeros(v.shape) if grad_o is None else grad_o.contiguous()
-    later_state = None
-    if ctx.output_state and grad_state is not None:
-        growth_1H11 = torch.exp(slopes.to(grad_state.dtype))[None, :, None, None]
-        later_state = grad_state * growth_1H11 / ctx.scale
-    grad_q = grad_k = grad_v = grad_state_in = None
-    same, other = ctx.reverse, not ctx.reverse
-    if needs_q:
-        earlier_state = None if state_in is None else state_in.transpose(2, 3)
-        grad_q, _ = lightning_attention(
-            grad_o, v, k, slopes, earlier_state, cu_seqlens, same, ctx.scale, output_state=False
-        )
-    if needs_k:
-        transposed = None if later_state is None else later_state.transpose(2, 3)
-        grad_k, _ = lightning_attention(
-            v, grad_o, q, slopes, transposed, cu_seqlens, other, ctx.scale, output_state=False
-        )
-    if needs_v or needs_state:
-        grad_v, last_state = lightning_attention(
-            k, q, grad_o, slopes, later_state, cu_seqlens, other, ctx.scale, output_state=needs_state
-        )
-        if needs_state:
-            decay_1H11 = torch.exp(-slopes.to(last_state.dtype))[None, :, None, None]
-            grad_state_in = ctx.scale * decay_1H11 * last_state
-    return grad_q, grad_k, grad_v, None, grad_state_in, None, None, None, None
+    grad_o = saved[0].new_zeros(saved[2].shape) if grad_o is None else grad_o.contiguous()
+    if not ctx.output_state:
+        grad_state = None
+    needs_state = ctx.needs_input_grad[4]
+    grad_q, grad_k, grad_v, grad_state_in = torch.ops.m1.lightning_attention_backward(
+        grad_o, grad_state, *saved, ctx.reverse, ctx.scale, needs_state
+    )
+    return grad_q, grad_k, grad_v, None, grad_state_in if needs_state else None, None, None, None, None
 
 
 torch.library.register_autograd("m1::lightning_attention", _backward, setup_context=_setup_context)
+
+
+@torch.library.impl("m1::lightning_attention_backward", "CompositeExplicitAutograd")
+def _lightning_attention_backward(
+    grad_o, grad_state, q, k, v, slopes, state_in, cu_seqlens, reverse, scale, needs_state
+):
+    borders = check.checked_borders(cu_seqlens, q.shape[0])
+    serve = sm90.scan if sm90.can_serve(q, k, v, grad_o) else lightning_scan
+    earlier_state = None if state_in is None else state_in.transpose(2, 3)
+    later_state = later_state_transposed = None
+    if grad_state is not None:
+        growth_1H11 = torch.exp(slopes.to(grad_state.dtype))[None, :, None, None]
+        later_state = grad_state * growth_1H11 / scale
+        later_state_transposed = later_state.transpose(2, 3)
+    later = not reverse
+    grad_q, _ = serve(grad_o, v, k, slopes, earlier_state, borders, reverse, scale, False)
+    grad_k, _ = serve(v, grad_o, q, slopes, later_state_transposed, borders, later, scale, False)
+    grad_v, last_state = serve(k, q, grad_o, slopes, later_state, borders, later, scale, needs_state)
+    if needs_state:
+        decay_1H11 = torch.exp(-slopes.to(last_state.dtype))[None, :, None, None]
+        last_state = scale * decay_1H11 * last_state
+    return grad_q, grad_k, grad_v, last_state
+
+
+@torch.library.register_fake("m1::lightning_attention_backward")
+def _lightning_attention_backward_fake(
+    grad_o, grad_state, q, k, v, slopes, state_in, cu_seqlens, reverse, scale, needs_state
+):
+    num_documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    state_shape = (num_documents if needs_state else 0, q.shape[1], q.shape[2], v.shape[2])
+    state = q.new_empty(state_shape, dtype=state_dtype_for(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), state
 
 
 def _check_decode_shapes(q, k, v, slopes, state) -> None:
