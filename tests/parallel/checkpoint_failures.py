@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from parallel.checkpoint import CheckpointConfig, CheckpointError, CheckpointSto
 from parallel.groups import Groups, create_groups
 from parallel.launch import Launch, connect
 from parallel.layout import Layout
+from tests.spawn import run_ranks
 
 ROWS = 4096
 
@@ -75,7 +78,7 @@ def replaced(owner: Any, name: str, value: Any):
         setattr(owner, name, kept)
 
 
-def failures_of_two(directory: str, small_disk: str, read_only: str) -> dict[str, Any]:
+def failures_of_two(directory: str) -> dict[str, Any]:
     """Every failure that leaves both ranks alive; this rank's messages."""
     groups, root = groups_of_all(), Path(directory)
     found: dict[str, Any] = {}
@@ -88,11 +91,26 @@ def failures_of_two(directory: str, small_disk: str, read_only: str) -> dict[str
         blocked.write_text("in the way")
     dist.barrier()
     found["not a directory"] = error_of(lambda: open_store(blocked / "checkpoints", groups))
-    if small_disk:
-        found |= _full_disk(Path(small_disk), groups)
-        store = error_of(lambda: open_store(Path(read_only) / "checkpoints", groups))
-        found["read-only"] = store
     return found
+
+
+def disks_of_two(small_disk: str, read_only: str) -> dict[str, Any]:
+    """What a disk of 4 MiB and a read-only one do to a store; this rank's messages."""
+    groups = groups_of_all()
+    found = _full_disk(Path(small_disk), groups)
+    found["read-only"] = error_of(lambda: open_store(Path(read_only) / "checkpoints", groups))
+    return found
+
+
+def failures_of_disks(directory: str) -> list[dict[str, Any]]:
+    """Mount both disks, which needs a mount namespace of this process's own: they end with it, however it ends."""
+    # this file's functions by the name that the ranks import, which is not __main__
+    ranks = importlib.import_module("tests.parallel.checkpoint_failures")
+    places = Path(directory) / "small", Path(directory) / "read-only"
+    for place, options in zip(places, ("size=4m", "size=1m,ro"), strict=True):
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
+    return run_ranks(2, ranks.disks_of_two, *map(str, places))
 
 
 def _damaged_files(root: Path, groups: Groups) -> dict[str, Any]:
@@ -410,5 +428,7 @@ def _what_is_left(root: Path) -> dict[str, Any]:
     return {"newest": newest, "value": value, "names": sorted(path.name for path in root.glob("step_*"))}
 
 
-if __name__ == "__main__":
-    print(json.dumps({"operations": crash_points(sys.argv[1], kept=2), "times": kill_times(sys.argv[1])}))
+if __name__ == "__main__" and sys.argv[1] == "disks":
+    print(json.dumps(failures_of_disks(sys.argv[2])))
+elif __name__ == "__main__" and sys.argv[1] == "crashes":
+    print(json.dumps({"operations": crash_points(sys.argv[2], kept=2), "times": kill_times(sys.argv[2])}))

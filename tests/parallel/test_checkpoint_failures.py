@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,29 @@ from tests.spawn import ROOT, run_ranks
 pytestmark = pytest.mark.multiprocess
 
 
-def mount(place: Path, options: str) -> bool:
-    place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+def run_in_a_process(launcher: list[str], mode: str, directory: Path) -> Any:
+    """The last line that `python -m tests.parallel.checkpoint_failures MODE DIRECTORY` prints, as JSON."""
+    command = [*launcher, sys.executable, "-m", "tests.parallel.checkpoint_failures", mode, str(directory)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A disk of 4 MiB and a read-only one; empty strings where this user may not mount."""
-    root = tmp_path_factory.mktemp("disks")
-    places = root / "small", root / "read-only"
-    mounted = [
-        mount(place, options) for place, options in zip(places, ("size=4m", "size=1m,ro"), strict=True)
-    ]
-    yield (str(places[0]), str(places[1])) if all(mounted) else ("", "")
-    for place, is_mounted in zip(places, mounted, strict=True):
-        if is_mounted:
-            subprocess.run(["umount", str(place)], check=True)
+def disks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks saw on a real full disk and a read-only one, in a mount namespace of their own."""
+    launcher = ["unshare", "--mount", "--propagation", "private"]
+    if subprocess.run([*launcher, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount: the full disk needs a small tmpfs")
+    return run_in_a_process(launcher, "disks", tmp_path_factory.mktemp("disks"))
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, disks: tuple[str, str]) -> list[dict[str, Any]]:
-    return run_ranks(2, ranks.failures_of_two, str(tmp_path_factory.mktemp("failures")), *disks)
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, ranks.failures_of_two, str(tmp_path_factory.mktemp("failures")))
 
 
 def message(both: list[dict[str, Any]], name: str) -> str:
@@ -134,12 +133,10 @@ def test_retention_keeps_the_newest(both: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("case", ["full disk", "full disk, background"])
 def test_a_full_disk_says_how_much_is_missing_and_leaves_the_previous(
-    both: list[dict[str, Any]], disks: tuple[str, str], case: str
+    disks: list[dict[str, Any]], case: str
 ) -> None:
-    if not disks[0]:
-        pytest.skip("only root can mount the small tmpfs")
-    assert "bytes are free there" in message(both, f"{case}: seen before")
-    text = message(both, case)
+    assert "bytes are free there" in message(disks, f"{case}: seen before")
+    text = message(disks, case)
     for part in (
         "No space left on device",
         "step_00000002",
@@ -148,17 +145,13 @@ def test_a_full_disk_says_how_much_is_missing_and_leaves_the_previous(
         "free space",
     ):
         assert part in text, text
-    for found in both:
+    for found in disks:
         assert found[f"{case}: left"] == ["step_00000001"]
         assert found[f"{case}: previous"] == 1.0
 
 
-def test_a_read_only_directory_is_refused_at_the_start(
-    both: list[dict[str, Any]], disks: tuple[str, str]
-) -> None:
-    if not disks[1]:
-        pytest.skip("only root can mount the read-only tmpfs")
-    assert "Read-only file system" in message(both, "read-only")
+def test_a_read_only_directory_is_refused_at_the_start(disks: list[dict[str, Any]]) -> None:
+    assert "Read-only file system" in message(disks, "read-only")
 
 
 def test_sigkill_of_every_rank_during_a_background_save_leaves_the_previous(tmp_path: Path) -> None:
@@ -173,18 +166,7 @@ def test_sigkill_of_every_rank_during_a_background_save_leaves_the_previous(tmp_
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """One process that forks a rank to die at every file operation of a save, and at several moments."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.parallel.checkpoint_failures",
-        str(tmp_path_factory.mktemp("crashes")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_in_a_process([], "crashes", tmp_path_factory.mktemp("crashes"))
 
 
 def test_a_crash_between_any_two_file_operations_loses_nothing(
