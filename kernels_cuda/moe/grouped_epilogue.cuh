@@ -94,21 +94,35 @@ M1_DEVICE void store_tile(const float (&values)[128], const WarpRows& mine, uint
   }
 }
 
-// grad [.., columns] += values, fp32; this tile has no other writer.
+// grad [.., columns] += values, fp32; this tile has no other writer. Read in batches, so that their latencies overlap.
 M1_DEVICE void add_tile(const float (&values)[128], const WarpRows& mine, float* grad, int columns, int left) {
   struct alignas(8) Pair {
     float low, high;
   };
+  constexpr int kBatch = 16;
+  const int columns_left = columns - left;
+  float* rows[2];
 #pragma unroll
-  for (int i = 0; i < 128; i += 2) {
-    const int row = mine.row(i / 2 % 2);
-    const int column = left + i / 4 * 8 + mine.lane % 4 * 2;
-    if (row >= mine.num_rows || column >= columns) continue;
-    Pair* place = reinterpret_cast<Pair*>(grad + int64_t(mine.first_row + row) * columns + column);
-    Pair sum = *place;
-    sum.low += values[i];
-    sum.high += values[i + 1];
-    *place = sum;
+  for (int half = 0; half < 2; ++half)
+    rows[half] = grad + int64_t(mine.first_row + mine.row(half)) * columns + left + mine.lane % 4 * 2;
+#pragma unroll
+  for (int first = 0; first < 64; first += kBatch) {
+    Pair sums[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int half = i % 2, column = (first + i) / 2 * 8;
+      sums[i] = {0.0f, 0.0f};
+      if (mine.row(half) < mine.num_rows && column < columns_left)
+        sums[i] = *reinterpret_cast<const Pair*>(rows[half] + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int half = i % 2, column = (first + i) / 2 * 8;
+      sums[i].low += values[2 * (first + i)];
+      sums[i].high += values[2 * (first + i) + 1];
+      if (mine.row(half) < mine.num_rows && column < columns_left)
+        *reinterpret_cast<Pair*>(rows[half] + column) = sums[i];
+    }
   }
 }
 
@@ -160,6 +174,35 @@ M1_DEVICE SwigluGradient swiglu_gradient(float d, float gate, float up, float we
   return {d * (weight * up * (slope + silu * (1.0f - slope))), d * (weight * silu), act * weight, d * act};
 }
 
+// Gate and up words of one step: what this lane needs of its two rows.
+struct HiddenWords {
+  uint32_t gate[kStepWords], up[kStepWords];
+};
+
+M1_DEVICE HiddenWords load_hidden(const uint16_t* const (&rows)[2], int width, int step, int columns) {
+  HiddenWords words;
+#pragma unroll
+  for (int i = 0; i < kStepWords; ++i) {
+    const int column = step * kStepColumns + i / 2 * 8;
+    words.gate[i] = words.up[i] = 0;
+    if (column >= columns) continue;
+    words.gate[i] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + column);
+    words.up[i] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + width + column);
+  }
+  return words;
+}
+
+M1_DEVICE uint32_t row_sum_slot(const WarpRows& mine, int half) {
+  return mine.staging + 3 * kStagingBytes + half * 128 + mine.lane * 4;
+}
+
+// The running sum of a row lies in shared memory: in a register the compiler puts the additions off to the end, and
+// spills what it has yet to add.
+M1_DEVICE void add_to_row_sum(const WarpRows& mine, int half, bool first, float value) {
+  const uint32_t slot = row_sum_slot(mine, half);
+  store_shared_float(slot, first ? value : load_shared_float(slot) + value);
+}
+
 // The tile is dL/d(weighted activation); writes d_hidden, the weighted activation, and this lane's share of every
 // row's <d, activation> at partials[row][4 * column tile + lane % 4].
 M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows& mine, const M1DownBackward& call,
@@ -176,22 +219,22 @@ M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows&
   }
   uint16_t* d_hidden = static_cast<uint16_t*>(call.d_hidden) + int64_t(mine.first_row) * 2 * width + left;
   uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;
-  float row_sums[2] = {};
+  // The next step's words are on their way while this one is computed.
+  HiddenWords next = load_hidden(hidden, width, 0, width - left);
 #pragma unroll
   for (int pass = 0; pass < kTileWidth / kPassColumns; ++pass) {
+    float row_sums[2] = {};
 #pragma unroll
     for (int step = 0; step < kStepsPerPass; ++step) {
+      const int next_step = pass * kStepsPerPass + step + 1;
+      const HiddenWords words = next;
+      next = load_hidden(hidden, width, next_step, next_step < kTileWidth / kStepColumns ? width - left : 0);
       const float* d = values + pass * kPassAccumulators + step * kStepAccumulators;
       uint32_t d_gate[kStepWords], d_up[kStepWords], result[kStepWords];
 #pragma unroll
       for (int i = 0; i < kStepWords; ++i) {
         const int half = i % 2;
-        const int column = pass * kPassColumns + step * kStepColumns + i / 2 * 8;
-        uint32_t gate = 0, up = 0;
-        if (column < width - left) {
-          gate = *reinterpret_cast<const uint32_t*>(hidden[half] + column);
-          up = *reinterpret_cast<const uint32_t*>(hidden[half] + width + column);
-        }
+        const uint32_t gate = words.gate[i], up = words.up[i];
         const float weight = weights.of_half[half];
         const SwigluGradient low = swiglu_gradient(d[2 * i], low_bf16(gate), low_bf16(up), weight);
         const SwigluGradient high = swiglu_gradient(d[2 * i + 1], high_bf16(gate), high_bf16(up), weight);
@@ -204,6 +247,8 @@ M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows&
       stage(mine.staging + kStagingBytes, mine.lane, step, d_up);
       stage(mine.staging + 2 * kStagingBytes, mine.lane, step, result);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) add_to_row_sum(mine, half, pass == 0, row_sums[half]);
     sync_warp();
     const int column = pass * kPassColumns;
     const int columns = call.ffn_width - left - column;
@@ -218,7 +263,7 @@ M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows&
   for (int half = 0; half < 2; ++half) {
     if (mine.row(half) >= mine.num_rows) continue;
     const int64_t row = mine.first_row + mine.row(half);
-    call.partials[row * shares + 4 * (left / kTileWidth) + mine.lane % 4] = row_sums[half];
+    call.partials[row * shares + 4 * (left / kTileWidth) + mine.lane % 4] = load_shared_float(row_sum_slot(mine, half));
   }
 }
 

@@ -85,8 +85,8 @@ FAULTS = {
     ),
     "shares of four lanes in one place": (
         EPILOGUE,
-        "+ mine.lane % 4] = row_sums",
-        "+ (FAULT ? 0 : mine.lane % 4)] = row_sums",
+        "+ mine.lane % 4] = load",
+        "+ (FAULT ? 0 : mine.lane % 4)] = load",
     ),
     "a group's second row of tiles skipped": (
         TILES,
