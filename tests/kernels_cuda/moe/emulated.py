@@ -5,6 +5,7 @@ One field order with kernels_cuda/moe/launch.h. Tensors are torch CPU tensors; a
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -76,7 +77,7 @@ def compile_emulated(root: Path = PACKAGE) -> Path:
         digest.update(path.read_bytes())
     target = Path(tempfile.gettempdir()) / f"m1-emulated-moe-{digest.hexdigest()[:16]}.so"
     if not target.exists():
-        partial = target.with_suffix(f".{id(target)}")
+        partial = target.with_suffix(f".{os.getpid()}")
         sources = [str(root / "moe" / name) for name in SOURCES]
         includes = [f"-I{root / 'csrc'}", f"-I{root}"]
         command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", *includes, "-x", "c++", *sources]
