@@ -22,8 +22,8 @@ def moe_schemas() -> list[str]:
     return [schema for schema in schemas if not schema.startswith("lightning")]
 
 
-def emulated_operators(kernels: emulated.Kernels) -> dict:
-    """Each operator of m1_sm90 in terms of its launcher, as bind.cpp calls it."""
+def routing_operators(kernels: emulated.Kernels) -> dict:
+    """The routing operators of m1_sm90 in terms of their launchers, as bind.cpp calls them."""
 
     def route(logits, weights, experts):
         sizes = {
@@ -52,6 +52,17 @@ def emulated_operators(kernels: emulated.Kernels) -> dict:
 
         return call
 
+    return {
+        "moe_route": route,
+        "moe_sort": sort,
+        "moe_permute": move("m1_moe_permute"),
+        "moe_unpermute": move("m1_moe_unpermute"),
+    }
+
+
+def grouped_operators(kernels: emulated.Kernels) -> dict:
+    """The grouped products of m1_sm90 in terms of their launchers, as bind.cpp calls them."""
+
     def gate_up(x, weight, counts, row_weights, blocks, hidden, act):
         results = kernels.gate_up(x, weight, counts, row_weights)
         hidden.copy_(results[0])
@@ -74,10 +85,6 @@ def emulated_operators(kernels: emulated.Kernels) -> dict:
         kernels.weight_gradient(left, right, counts, grad.view(shape))
 
     return {
-        "moe_route": route,
-        "moe_sort": sort,
-        "moe_permute": move("m1_moe_permute"),
-        "moe_unpermute": move("m1_moe_unpermute"),
         "grouped_gate_up": gate_up,
         "grouped_down_backward": down_backward,
         "grouped_product": product,
@@ -90,7 +97,8 @@ def operators():
     library = torch.library.Library("m1_sm90", "FRAGMENT")
     for schema in moe_schemas():
         library.define(schema)
-    for name, function in emulated_operators(emulated.Kernels(emulated.compile_emulated())).items():
+    kernels = emulated.Kernels(emulated.compile_emulated())
+    for name, function in (routing_operators(kernels) | grouped_operators(kernels)).items():
         library.impl(name, function, "CPU")
     yield
     library._destroy()
