@@ -105,6 +105,10 @@ def test_what_is_no_document_is_counted_by_reason(tmp_path):
         (b'{"text": "b"', r"a\.jsonl' at position 14 cannot be read \(Expecting ',' delimiter"),
         (b"[" * 100_000, r"a\.jsonl' at position 14 cannot be read \(maximum recursion"),
         (b'{"text": "\xff"}', r"a\.jsonl' at position 14 cannot be read \('utf-8' codec"),
+        (
+            '{"text": "b"}'.encode("utf-16-le"),
+            r"a\.jsonl' at position 14 cannot be read \(Expecting property name",
+        ),
         (b'["text"]', r"a\.jsonl' at byte 14: the record list has no text in 'text'"),
         (b'{"body": "b"}', r"a\.jsonl' at byte 14: the record \['body'\] has no text in 'text'; each line"),
         (b'{"text": 5}', r"a\.jsonl' at byte 14: the record \['text'\] has no text in 'text'"),
