@@ -30,14 +30,14 @@ FAULTS = {
         "kernel",
         "barrier_wait(shared.scores_full(buffer), turn / kBuffers & 1);",
         "",
-        "operand changed",
+        "without a proxy fence",
     ),
     "loads not waited for": ("kernel", "barrier_wait(shared.full(stage), turn / kStages & 1);", "", None),
     "last wgmma wait missing": (
         "kernel",
         "wgmma_wait<0>();\n      sync_warp();\n      if (at.lane == 0) barrier_arrive(shared.empty(stage));\n    }",
         "sync_warp();\n      if (at.lane == 0) barrier_arrive(shared.empty(stage));\n    }",
-        "accumulator",
+        "operand changed",
     ),
     "output read before its wgmma": ("kernel", "wgmma_wait<1>();", "", None),
     "values' lane map transposed": (
@@ -53,11 +53,11 @@ FAULTS = {
         "wgmma_wait<0>();\n      barrier_wait",
         "deadlock",
     ),
-    "stage given back twice": (
+    "scores announced twice": (
         "kernel",
         "if (at.lane == 0) barrier_arrive(shared.scores_full(buffer));",
         "if (at.lane <= 1) barrier_arrive(shared.scores_full(buffer));",
-        "more arrivals",
+        "deadlock",
     ),
     "bytes of a load miscounted": (
         "kernel",
