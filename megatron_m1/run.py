@@ -100,6 +100,7 @@ def _run(config: RunConfig, groups: Groups) -> None:
     wrapped = wrap_for_gradients(chunks, groups, overlap=config.training.overlap_communication)
     optimizer = build_optimizer(wrapped, config.optimizer, groups)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, groups)
+    store.clean()
     position = Position()
     extra: dict[str, Any] = {}
     newest = store.newest_complete()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from parallel.groups import Groups
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +20,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no usable CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Groups]:
+    """One process as a group of its own, for tests that need a model but no second rank."""
+    import torch
+
+    from parallel import cpu
+    from parallel.groups import create_groups, destroy_groups
+    from parallel.launch import connect, read_environment
+    from parallel.layout import Layout
+
+    torch.set_num_threads(1)
+    cpu.install()
+    connect(read_environment({}))
+    yield create_groups(Layout(), torch.device("cpu"))
+    destroy_groups()
+    torch.distributed.destroy_process_group()

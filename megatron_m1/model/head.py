@@ -56,9 +56,13 @@ class Head(ColumnParallelLinear):
 
 
 def _require_full_fp32() -> None:
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
+    # read the per-backend switches: torch's older getter raises once one of the newer ones has been set
+    backends = {"cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul}
+    rounded = {name: place.fp32_precision for name, place in backends.items()}
+    rounded = {name: precision for name, precision in rounded.items() if precision not in ("none", "ieee")}
+    if rounded:
         raise ValueError(
-            f"float32 matmul precision is {precision!r}: the fp32 head needs 'highest', anything less rounds it to "
-            "TF32 or bf16; remove the call of torch.set_float32_matmul_precision, or set model.head_fp32=false"
+            f"float32 matmul precision is {rounded}: the fp32 head needs 'ieee' (or 'none', its default), anything "
+            "else rounds it to TF32 or bf16; remove the call of torch.set_float32_matmul_precision or of a "
+            "fp32_precision switch, or set model.head_fp32=false"
         )

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import nn
 
+from kernels_cuda.moe.op import moe_route
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.packed import Packed
 from parallel.experts import GroupedExperts
@@ -48,8 +49,7 @@ class Router(MegatronModule):
         """Route this rank's tokens [t, 1, D]: weights [t, E] (zero where not chosen) and the map [t, E] bool."""
         x_tD = x_SBD.flatten(0, 1).to(self.weight.dtype)
         logits_tE = nn.functional.linear(x_tD, self.weight).float()
-        chosen_logits, experts_tk = logits_tE.topk(self.model.experts_per_token, dim=-1)
-        weights_tk = chosen_logits.softmax(-1)
+        weights_tk, experts_tk = moe_route(logits_tE, self.model.experts_per_token)
         chosen_tE = torch.zeros_like(logits_tE, dtype=torch.bool).scatter(1, experts_tk, True)
         weights_tE = torch.zeros_like(logits_tE).scatter(1, experts_tk, weights_tk)
         kept_tE = self._keep_within_capacity(weights_tE, chosen_tE, packed)

@@ -33,7 +33,7 @@ class Packed:
         """Build from document lengths in tokens; rows must end where documents end.
 
         Raises:
-            ValueError: an empty document, or a document that crosses a row border.
+            ValueError: an empty document, a document that crosses a row border, or a last row that is not full.
         """
         lengths_N = torch.tensor(lengths, dtype=torch.int64)
         if bool((lengths_N < 1).any()):
@@ -47,6 +47,11 @@ class Packed:
             raise ValueError(
                 f"document lengths {lengths} cross a row border of {row_tokens} tokens: rows must end where a "
                 "document ends; split the document at the border"
+            )
+        if int(ends_N[-1]) % row_tokens:
+            raise ValueError(
+                f"document lengths {lengths} hold {int(ends_N[-1])} tokens: whole rows of {row_tokens} tokens are "
+                "allowed; fill the last row"
             )
         positions_T = torch.arange(int(ends_N[-1])) - starts_N.repeat_interleave(lengths_N)
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends_N]).to(torch.int32)
