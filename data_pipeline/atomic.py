@@ -1,10 +1,14 @@
 """Files that appear whole or not at all: write under a temporary name, flush to the disk, rename.
 
-Also the content hash by which a finished file is recognised. Nothing here knows what the files hold.
+Also the content hash by which a finished file is recognised, and the lock of whoever writes. Nothing here
+knows what the files hold.
 """
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
@@ -44,3 +48,11 @@ def file_hash(path: Path) -> str:
     """SHA-256 of the file's content, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def only_process(lock_path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process: a second run, or what is left of a killed one, waits."""
+    with open(lock_path, "wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -5,7 +5,6 @@ time, the tokenizer by content), so a part that is there is the right one. It is
 there, which is written last; a killed run is continued by running it again, and keeps what was finished.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -13,14 +12,13 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipeline.atomic import file_hash, write_whole
+from data_pipeline.atomic import file_hash, only_process, write_whole
 from data_pipeline.documents import documents_of
 from data_pipeline.index import ShardWriter, TokenShard
 from data_pipeline.parts import Part, files_below, plan_parts
@@ -107,21 +105,27 @@ def prepare_corpus(config: CorpusConfig, progress: Progress | None = None) -> Co
     files = files_below([Path(path) for path in config.inputs])
     jobs = plan_jobs(config, files)
     key = hash_of([job.prefix.name for job in jobs])
-    prefix = Path(config.prefix)
-    summary_path = prefix.with_name(prefix.name + ".json")
-    finished = read_json(summary_path)
-    if finished is not None and finished.get("key") == key:
-        TokenShard(prefix)
-        return CorpusSummary(**finished)
-    records = run_jobs(jobs, config.num_processes, report)
-    merge_parts([job.prefix for job in jobs], config, report)
+    summary_path = Path(config.prefix + ".json")
+    summary_path.parent.mkdir(parents=True, exist_ok=True)
+    with only_process(Path(config.prefix + ".lock")):
+        finished = read_json(summary_path)
+        if finished is not None and finished.get("key") == key:
+            TokenShard(config.prefix)
+            return CorpusSummary(**finished)
+        records = run_jobs(jobs, config.num_processes, report)
+        merge_parts([job.prefix for job in jobs], config, report)
+        summary = summarize(key, len(files), records)
+        write_whole(summary_path, json.dumps(asdict(summary), indent=1).encode())
+        shutil.rmtree(parts_directory(config))
+    return summary
+
+
+def summarize(key: str, num_files: int, records: Sequence[dict]) -> CorpusSummary:
+    """The records of all parts added up."""
     dropped = sum((Counter(record["dropped"]) for record in records), Counter())
     counts = ("num_documents", "num_bytes", "num_tokens")
     totals = {name: sum(record[name] for record in records) for name in counts}
-    summary = CorpusSummary(key=key, num_files=len(files), dropped=dict(dropped), **totals)
-    write_whole(summary_path, json.dumps(asdict(summary), indent=1).encode())
-    shutil.rmtree(parts_directory(config))
-    return summary
+    return CorpusSummary(key=key, num_files=num_files, dropped=dict(dropped), **totals)
 
 
 def parts_directory(config: CorpusConfig) -> Path:
@@ -210,14 +214,6 @@ def encode_part(job: PartJob) -> None:
             "dropped": dict(dropped),
         }
         write_whole(job.record_path, json.dumps(record).encode())
-
-
-@contextmanager
-def only_process(lock_path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process: a second run, or what is left of a killed one, waits."""
-    with open(lock_path, "wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def merge_parts(prefixes: Sequence[Path], config: CorpusConfig, report: Progress) -> None:

@@ -116,7 +116,7 @@ def _batches(samples: Sequence[PackedSample]) -> Iterator[Batch]:
 
 
 def _sample(columns: Sequence, row: int, sample_id: int) -> PackedSample:
-    """One row of DALI's output, copied: DALI uses the memory again for a later batch."""
+    """One row of DALI's output, copied: a sample that is kept keeps no batch of DALI's alive."""
     arrays = {field: np.array(column.at(row)) for field, column in zip(FIELDS, columns, strict=True)}
     return PackedSample(sample_id=sample_id, **arrays)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.atomic import file_hash, write_whole
+from data_pipeline.atomic import file_hash, only_process, write_whole
 from data_pipeline.demo import Document, demo_documents, split_documents, unigram_entropy_nats_per_token
 from data_pipeline.index import ShardWriter, TokenShard, bin_path, idx_path
 from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
@@ -74,6 +74,11 @@ def prepare_demo(directory: Path, progress: Progress | None = None) -> DemoSumma
     report: Progress = progress or (lambda what, done, total: None)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    with only_process(directory / "prepare.lock"):
+        return _prepare_alone(directory, report)
+
+
+def _prepare_alone(directory: Path, report: Progress) -> DemoSummary:
     report("corpus", 0, 1)
     splits = split_documents(demo_documents())
     report("corpus", 1, 1)

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_pipeline import corpus
+from data_pipeline.atomic import only_process
 from data_pipeline.corpus import CorpusConfig, encode_part, parts_directory, plan_jobs, prepare_corpus
 from data_pipeline.index import ShardWriter, TokenShard, bin_path, idx_path
 from data_pipeline.parts import ReadError, files_below
@@ -64,7 +66,13 @@ def test_the_shard_holds_every_document_in_file_order(config, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["num_tokens"] == summary.num_tokens
     num_bytes = sum(path.stat().st_size for path in (tmp_path / "raw").iterdir())
     assert ("encode", num_bytes, num_bytes) in seen
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "raw"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.bin",
+        "out.idx",
+        "out.json",
+        "out.lock",
+        "raw",
+    ]
 
 
 def test_processes_and_part_sizes_do_not_change_the_shard(config, tmp_path):
@@ -184,6 +192,52 @@ def test_a_killed_run_is_continued_to_the_same_shard_and_leaves_no_process(confi
     while processes_naming(str(tmp_path / "run.py")):
         assert time.monotonic() < end, "an encoding process outlived the run that started it"
         time.sleep(0.05)
+
+
+LEFT_ALONE = """
+import multiprocessing, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from data_pipeline.corpus import exit_with_parent
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, initializer=exit_with_parent)
+    pool.submit(time.sleep, 0).result()
+    print(*pool._processes, flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_an_encoding_process_ends_in_the_middle_of_its_work_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "run.py").write_text(LEFT_ALONE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(tmp_path / "run.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = Path("/proc", parent.stdout.readline().decode().strip())
+        assert worker.exists()
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 10
+        while worker.exists():
+            assert time.monotonic() < end, "still running"
+            time.sleep(0.05)
+
+
+def test_a_part_that_another_process_writes_is_waited_for(config):
+    job = plan_jobs(config, files_below([Path(config.inputs[0])]))[0]
+    job.prefix.parent.mkdir()
+    with only_process(job.prefix.with_suffix(".lock")):
+        waiting = threading.Thread(target=encode_part, args=(job,))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        # What the other process has finished is not written again.
+        job.record_path.write_text("{}")
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert not bin_path(job.prefix).exists()
 
 
 def processes_naming(text):

@@ -118,6 +118,18 @@ def test_a_damaged_file_is_made_again_and_the_rest_is_kept(small_corpus, tmp_pat
     assert contents(tmp_path) == before
 
 
+def test_two_runs_at_once_make_one_directory(small_corpus, tmp_path):
+    prepare_demo(tmp_path / "alone")
+    directory = tmp_path / "shared"
+    command = [sys.executable, "-c", KILLED_RUN, str(directory), "1000000"]
+    runs = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) for _ in range(3)]
+    for run in runs:
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+    for name in OUTPUTS[:-1]:
+        assert (directory / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 def test_another_corpus_is_another_preparation(small_corpus, tmp_path):
     prepare_demo(tmp_path)
     before = contents(tmp_path)
