@@ -1,11 +1,10 @@
-"""The grouped SwiGLU MLP with one matrix product per expert and per GEMM, on any device and in any float
-dtype.
+"""The grouped SwiGLU MLP with one matrix product per expert and per GEMM, on any device, in any float dtype.
 
-The same mathematics and rounding points as the CUDA kernels (gate and up are rounded to the activations'
-dtype, the activation is computed from the rounded values in fp32, weight gradients accumulate in fp32), so
-backward recomputes exactly the activation that forward used. Y is not saved: with dA' = W_down^T dY, the row
-weight's gradient is <dA', A> (SonicMoE, arXiv 2512.14080, section 3). Checks, schema and autograd live in
-op.py. Legend: R rows sorted by expert, D width, F ffn width, E experts.
+The mathematics of the CUDA kernels with their rounding points, but for dA', which they keep in fp32: gate and
+up are rounded to the activations' dtype and the activation is computed from the rounded values in fp32, so
+backward recomputes exactly what forward used. Y is not saved: with dA' = W_down^T dY, the row weight's gradient
+is <dA', A> (SonicMoE, arXiv 2512.14080). Checks, schema and autograd live in op.py.
+Legend: R rows sorted by expert, D width, F ffn width, E experts.
 """
 
 from collections.abc import Iterator

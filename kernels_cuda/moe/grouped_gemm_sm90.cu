@@ -3,7 +3,7 @@
 // One kernel, six uses (Use below). Forward: gate_up with SwiGLU, then the product with down. Backward: d_y down with
 // the derivative of SwiGLU, the product with gate_up, two weight gradients whose depth is an expert's rows. Weights
 // are read as they lie, K-major or not: wgmma transposes either operand from shared memory. Sums have one fixed order.
-// Source: MiniMax-01 (arXiv 2501.08313), section 2.1; backward without Y: SonicMoE (arXiv 2512.14080), section 3.
+// Source: MiniMax-01 (arXiv 2501.08313), section 2.1; backward without Y: SonicMoE (arXiv 2512.14080).
 #include "grouped_epilogue.cuh"
 
 namespace m1 {

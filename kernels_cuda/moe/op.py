@@ -95,7 +95,7 @@ def grouped_mlp(
     weights and row_weights. With an fp32 main_grad buffer (the weight's shape) backward adds the weight
     gradient to it and autograd receives none for that weight. Raises ValueError on shapes, dtypes, devices or
     strides that do not fit. Source: MiniMax-01 (arXiv 2501.08313), section 2.1; backward without Y: SonicMoE
-    (arXiv 2512.14080), section 3.
+    (arXiv 2512.14080).
     """
     checks.check_grouped_mlp(x_RD, gate_up_E2FD, down_EDF, rows_per_expert_E, row_weights_R)
     checks.check_main_grad("gate_up_main_grad", gate_up_main_grad, gate_up_E2FD)
