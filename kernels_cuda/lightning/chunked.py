@@ -108,24 +108,91 @@ def own_document_mask(tile: Tile, device: torch.device) -> torch.Tensor:
     return owner_L[:, None] == owner_L[None, :]
 
 
-def intra_tile(
-    q_HLK: torch.Tensor, k_HLK: torch.Tensor, v_HLV: torch.Tensor, mask_HLL: torch.Tensor
-) -> torch.Tensor:
-    """((Q K^T) * M) V in the operands' dtype, the decayed scores rounded to it as the kernel does."""
+def decayed_scores(q_HLK: torch.Tensor, k_HLK: torch.Tensor, mask_HLL: torch.Tensor) -> torch.Tensor:
+    """(Q K^T) * M, rounded to the operands' dtype as the kernel does."""
     scores_HLL = torch.bmm(q_HLK, k_HLK.transpose(1, 2))
     if scores_HLL.dtype == mask_HLL.dtype:
-        return torch.bmm(scores_HLL.mul_(mask_HLL), v_HLV)
-    return torch.bmm((scores_HLL * mask_HLL).to(v_HLV.dtype), v_HLV)
+        return scores_HLL.mul_(mask_HLL)
+    return (scores_HLL * mask_HLL).to(q_HLK.dtype)
 
 
-def leave_state(
-    state_HKV: torch.Tensor | None, k_HLK: torch.Tensor, v_HLV: torch.Tensor, tables: DecayTables
+def tile_mask(tile: Tile, tables: DecayTables) -> torch.Tensor:
+    """M for the tokens of a tile, zero between documents, [H, L, L]."""
+    tokens = tile.stop - tile.start
+    mask_HLL = tables.mask_HCC[:, :tokens, :tokens]
+    return mask_HLL if len(tile.documents) == 1 else mask_HLL * own_document_mask(tile, mask_HLL.device)
+
+
+def tile_operands(tile: Tile, *operands_THD: torch.Tensor) -> list[torch.Tensor]:
+    """The tile's part of each operand as [H, L, D], contiguous: far faster to multiply than rows a token apart."""
+    return [x[tile.start : tile.stop].transpose(0, 1).contiguous() for x in operands_THD]
+
+
+States = list[torch.Tensor | None]
+
+
+def add_entering(
+    sum_HLV: torch.Tensor, q_HLK: torch.Tensor, states: States, tile: Tile, tables: DecayTables
 ) -> torch.Tensor:
-    """lambda^L S + K^T diag(w) V; a fresh tensor, in the dtype of the states."""
-    tokens = k_HLK.shape[1]
-    weighted_HLV = (v_HLV * tables.leave(tokens)).to(v_HLV.dtype)
-    update_HKV = torch.bmm(k_HLK.transpose(1, 2), weighted_HLV).to(tables.mask_HCC.dtype)
-    return update_HKV if state_HKV is None else update_HKV.addcmul_(state_HKV, tables.total(tokens))
+    """sum + decayed Q S for each document of the tile, in the dtype of the states where there is a state."""
+    if states[0] is None:
+        return sum_HLV
+    sum_HLV = sum_HLV.to(tables.mask_HCC.dtype)
+    for (_, start, stop), state_HKV in zip(tile.documents, states, strict=True):
+        assert state_HKV is not None, tile
+        own = slice(start - tile.start, stop - tile.start)
+        inter_HLV = torch.bmm(q_HLK[:, own], state_HKV.to(q_HLK.dtype))
+        sum_HLV[:, own].addcmul_(inter_HLV, tables.enter(stop - start))
+    return sum_HLV
+
+
+def leave_states(
+    k_HLK: torch.Tensor, v_HLV: torch.Tensor, states: States, tile: Tile, tables: DecayTables
+) -> States:
+    """lambda^L S + K^T diag(w) V for each document of the tile; fresh tensors in the dtype of the states."""
+    left: States = []
+    for (_, start, stop), state_HKV in zip(tile.documents, states, strict=True):
+        own = slice(start - tile.start, stop - tile.start)
+        weighted_HLV = (v_HLV[:, own] * tables.leave(stop - start)).to(v_HLV.dtype)
+        update_HKV = torch.bmm(k_HLK[:, own].transpose(1, 2), weighted_HLV).to(tables.mask_HCC.dtype)
+        left.append(
+            update_HKV if state_HKV is None else update_HKV.addcmul_(state_HKV, tables.total(stop - start))
+        )
+    return left
+
+
+class StateWalk:
+    """Walks the tiles in (reversed) time and hands each tile the states of its documents."""
+
+    def __init__(
+        self,
+        tiles: tuple[Tile, ...],
+        reverse: bool,
+        state_in_NHKV: torch.Tensor | None,
+        state_out_NHKV: torch.Tensor | None,
+    ):
+        self.tiles = tiles[::-1] if reverse else tiles
+        self.reverse, self.state_in_NHKV, self.state_out_NHKV = reverse, state_in_NHKV, state_out_NHKV
+        self.carried: States = [None]
+
+    def entering(self, tile: Tile) -> States:
+        if not (tile.closes if self.reverse else tile.opens):
+            return self.carried
+        if self.state_in_NHKV is None:
+            return [None] * len(tile.documents)
+        return [self.state_in_NHKV[document] for document, _, _ in tile.documents]
+
+    def leave(
+        self, tile: Tile, k_HLK: torch.Tensor, v_HLV: torch.Tensor, states: States, tables: DecayTables
+    ) -> None:
+        """Carry the states to the next tile, or write them out where the documents end and somebody asked."""
+        ends = tile.opens if self.reverse else tile.closes
+        if ends and self.state_out_NHKV is None:
+            return
+        self.carried = leave_states(k_HLK, v_HLV, states, tile, tables)
+        if ends and self.state_out_NHKV is not None:
+            for (document, _, _), state in zip(tile.documents, self.carried, strict=True):
+                self.state_out_NHKV[document] = state
 
 
 def lightning_scan(
@@ -146,54 +213,69 @@ def lightning_scan(
     [N, H, K, V] after the last token (first, if reversed) of each document; [0, H, K, V] without output_state.
     """
     num_tokens, num_heads, key_dim = q_THK.shape
-    value_dim, num_documents = v_THV.shape[-1], len(borders) - 1
-    state_dtype = state_dtype_for(q_THK.dtype)
-    chunk_tokens = chunk_tokens_for(q_THK.dtype)
+    value_dim, num_states = v_THV.shape[-1], len(borders) - 1 if output_state else 0
+    state_dtype, chunk_tokens = state_dtype_for(q_THK.dtype), chunk_tokens_for(q_THK.dtype)
     tables = DecayTables(slopes_H, chunk_tokens, reverse, scale, state_dtype)
     o_THV = q_THK.new_empty(num_tokens, num_heads, value_dim)
-    state_out = q_THK.new_empty(
-        num_documents if output_state else 0, num_heads, key_dim, value_dim, dtype=state_dtype
+    state_out = q_THK.new_empty(num_states, num_heads, key_dim, value_dim, dtype=state_dtype)
+    walk = StateWalk(
+        plan_tiles(borders, chunk_tokens), reverse, state_in_NHKV, state_out if output_state else None
     )
-    operands = tuple(x.transpose(0, 1) for x in (q_THK, k_THK, v_THV, o_THV))
-    tiles = plan_tiles(borders, chunk_tokens)
-    carried: torch.Tensor | None = None
-    for tile in reversed(tiles) if reverse else tiles:
-        enters, leaves = (tile.closes, tile.opens) if reverse else (tile.opens, tile.closes)
-        states: list[torch.Tensor | None] = [carried]
-        if enters:
-            states = [None if state_in_NHKV is None else state_in_NHKV[i] for i, _, _ in tile.documents]
-        keep = output_state or not leaves
-        states = run_tile(operands, tile, states, tables, keep)
-        carried = states[-1]
-        if leaves and output_state:
-            for (document, _, _), state in zip(tile.documents, states, strict=True):
-                state_out[document] = state
+    for tile in walk.tiles:
+        q_HLK, k_HLK, v_HLV = tile_operands(tile, q_THK, k_THK, v_THV)
+        states = walk.entering(tile)
+        sum_HLV = torch.bmm(decayed_scores(q_HLK, k_HLK, tile_mask(tile, tables)), v_HLV)
+        o_THV[tile.start : tile.stop] = add_entering(sum_HLV, q_HLK, states, tile, tables).transpose(0, 1)
+        walk.leave(tile, k_HLK, v_HLV, states, tables)
     return o_THV, state_out
 
 
-def run_tile(
-    operands: tuple[torch.Tensor, ...],
-    tile: Tile,
-    states: list[torch.Tensor | None],
-    tables: DecayTables,
-    keep_states: bool,
-) -> list[torch.Tensor | None]:
-    """Write one tile of o; take and return the state of each of its documents."""
-    tokens = tile.stop - tile.start
-    q_HLK, k_HLK, v_HLV, o_HLV = (x[:, tile.start : tile.stop] for x in operands)
-    mask_HLL = tables.mask_HCC[:, :tokens, :tokens]
-    if len(tile.documents) > 1:
-        mask_HLL = mask_HLL * own_document_mask(tile, mask_HLL.device)
-    sum_HLV = intra_tile(q_HLK, k_HLK, v_HLV, mask_HLL)
-    if states[0] is not None:
-        sum_HLV = sum_HLV.to(mask_HLL.dtype)
-    left: list[torch.Tensor | None] = [None]
-    for (_, start, stop), state_HKV in zip(tile.documents, states, strict=True):
-        own = slice(start - tile.start, stop - tile.start)
-        if state_HKV is not None:
-            inter_HLV = torch.bmm(q_HLK[:, own], state_HKV.to(q_HLK.dtype))
-            sum_HLV[:, own].addcmul_(inter_HLV, tables.enter(stop - start))
-        if keep_states:
-            left.append(leave_state(state_HKV, k_HLK[:, own], v_HLV[:, own], tables))
-    o_HLV.copy_(sum_HLV)
-    return left[1:] if keep_states else left
+def lightning_scan_backward(
+    grad_o_THV: torch.Tensor,
+    later_state_NHKV: torch.Tensor | None,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    slopes_H: torch.Tensor,
+    state_in_NHKV: torch.Tensor | None,
+    borders: tuple[int, ...],
+    reverse: bool,
+    scale: float,
+    output_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three backward scans of op.py in two walks: dq with time, then dk and dv against it.
+
+    The second walk keeps one state R for both (dk reads its transpose) and reuses the decayed dO V^T of the first.
+    later_state: what enters the second walk, [N, H, K, V] or None. Returns dq, dk, dv and R at its end.
+    """
+    q_THK, k_THK, v_THV = operands
+    num_states = len(borders) - 1 if output_state else 0
+    state_dtype, chunk_tokens = state_dtype_for(q_THK.dtype), chunk_tokens_for(q_THK.dtype)
+    grads = [x.new_empty(x.shape) for x in operands]
+    tiles = plan_tiles(borders, chunk_tokens)
+    tables = DecayTables(slopes_H, chunk_tokens, reverse, scale, state_dtype)
+    earlier_NHVK = None if state_in_NHKV is None else state_in_NHKV.transpose(2, 3)
+    walk = StateWalk(tiles, reverse, earlier_NHVK, None)
+    grad_scores: list[torch.Tensor] = []
+    for tile in walk.tiles:
+        k_HLK, v_HLV, grad_HLV = tile_operands(tile, k_THK, v_THV, grad_o_THV)
+        states = walk.entering(tile)
+        grad_scores.append(decayed_scores(grad_HLV, v_HLV, tile_mask(tile, tables)))
+        sum_HLK = torch.bmm(grad_scores[-1], k_HLK)
+        grads[0][tile.start : tile.stop] = add_entering(sum_HLK, grad_HLV, states, tile, tables).transpose(
+            0, 1
+        )
+        walk.leave(tile, v_HLV, k_HLK, states, tables)
+    against = DecayTables(slopes_H, chunk_tokens, not reverse, scale, state_dtype)
+    last_state = q_THK.new_empty(num_states, *q_THK.shape[1:], v_THV.shape[2], dtype=state_dtype)
+    walk = StateWalk(tiles, not reverse, later_state_NHKV, last_state if output_state else None)
+    for tile in walk.tiles:
+        q_HLK, k_HLK, v_HLV, grad_HLV = tile_operands(tile, q_THK, k_THK, v_THV, grad_o_THV)
+        states = walk.entering(tile)
+        transposed: States = [None if state is None else state.transpose(1, 2) for state in states]
+        sum_HLK = torch.bmm(grad_scores.pop().transpose(1, 2), q_HLK)
+        sum_HLV = torch.bmm(decayed_scores(k_HLK, q_HLK, tile_mask(tile, against)), grad_HLV)
+        grads[1][tile.start : tile.stop] = add_entering(sum_HLK, v_HLV, transposed, tile, against).transpose(
+            0, 1
+        )
+        grads[2][tile.start : tile.stop] = add_entering(sum_HLV, k_HLK, states, tile, against).transpose(0, 1)
+        walk.leave(tile, q_HLK, grad_HLV, states, against)
+    return grads[0], grads[1], grads[2], last_state

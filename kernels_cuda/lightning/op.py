@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from kernels_cuda.lightning import check, sm90
-from kernels_cuda.lightning.chunked import lightning_scan, state_dtype_for
+from kernels_cuda.lightning.chunked import lightning_scan, lightning_scan_backward, state_dtype_for
 
 torch.library.define(
     "m1::lightning_attention",
@@ -132,17 +132,14 @@ def _lightning_attention_backward(
     grad_o, grad_state, q, k, v, slopes, state_in, cu_seqlens, reverse, scale, needs_state
 ):
     borders = check.checked_borders(cu_seqlens, q.shape[0])
-    serve = sm90.scan if sm90.can_serve(q, k, v, grad_o) else lightning_scan
-    earlier_state = None if state_in is None else state_in.transpose(2, 3)
-    later_state = later_state_transposed = None
+    later_state = None
     if grad_state is not None:
         growth_1H11 = torch.exp(slopes.to(grad_state.dtype))[None, :, None, None]
         later_state = grad_state * growth_1H11 / scale
-        later_state_transposed = later_state.transpose(2, 3)
-    later = not reverse
-    grad_q, _ = serve(grad_o, v, k, slopes, earlier_state, borders, reverse, scale, False)
-    grad_k, _ = serve(v, grad_o, q, slopes, later_state_transposed, borders, later, scale, False)
-    grad_v, last_state = serve(k, q, grad_o, slopes, later_state, borders, later, scale, needs_state)
+    serve = sm90.scan_backward if sm90.can_serve(q, k, v, grad_o) else lightning_scan_backward
+    grad_q, grad_k, grad_v, last_state = serve(
+        grad_o, later_state, (q, k, v), slopes, state_in, borders, reverse, scale, needs_state
+    )
     if needs_state:
         decay_1H11 = torch.exp(-slopes.to(last_state.dtype))[None, :, None, None]
         last_state = scale * decay_1H11 * last_state

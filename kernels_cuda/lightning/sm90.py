@@ -101,6 +101,26 @@ def scan(
     return o, state_out
 
 
+def scan_backward(
+    grad_o: torch.Tensor,
+    later_state: torch.Tensor | None,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    slopes: torch.Tensor,
+    state_in: torch.Tensor | None,
+    borders: tuple[int, ...],
+    reverse: bool,
+    scale: float,
+    output_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """chunked.lightning_scan_backward as three calls of the forward kernel, on permuted operands and states."""
+    q, k, v = operands
+    earlier, later = (None if state is None else state.transpose(2, 3) for state in (state_in, later_state))
+    grad_q, _ = scan(grad_o, v, k, slopes, earlier, borders, reverse, scale, False)
+    grad_k, _ = scan(v, grad_o, q, slopes, later, borders, not reverse, scale, False)
+    grad_v, last_state = scan(k, q, grad_o, slopes, later_state, borders, not reverse, scale, output_state)
+    return grad_q, grad_k, grad_v, last_state
+
+
 def decode(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, state: torch.Tensor, scale: float
 ) -> torch.Tensor:
