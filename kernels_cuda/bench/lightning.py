@@ -203,7 +203,7 @@ def calls_for(shape: Shape) -> dict[str, Callable[[int], object]]:
     calls = {
         "ours fwd": ours,
         "ours fwd+bwd": ours_both,
-        "copy of 2 x 1.5 tensors": lambda _: halves[0].copy_(halves[1]),
+        "copy of 1.5 tensors": lambda _: halves[0].copy_(halves[1]),
     }
     chunk_simple_gla = fla_call()
     if chunk_simple_gla is not None:
