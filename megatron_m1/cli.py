@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 app = typer.Typer(
     name="m1",
@@ -95,6 +98,48 @@ def data_demo(
     typer.echo(f"tokenizer  {summary.vocab_size:,} entries -> {summary.tokenizer_path}")
     entropy = summary.unigram_entropy_nats_per_token
     typer.echo(f"unigram    {entropy:.4f} nats per held-out token; a model has to stay below it")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="JSONL or text (also .gz, .zst), Parquet, or directories of text files."),
+    ],
+    prefix: Annotated[str, typer.Option(help="Shard to write: PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[str, typer.Option(help="Any tokenizer.json.")],
+    end_of_text: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    processes: Annotated[int, typer.Option(help="Processes that encode at once.")] = 1,
+) -> None:
+    """Encode raw documents into one token shard; run it again after a kill and it goes on."""
+    from rich.progress import Progress
+
+    from data_pipeline.corpus import CorpusConfig, prepare_corpus
+
+    config = CorpusConfig(
+        inputs=tuple(inputs),
+        prefix=prefix,
+        tokenizer_path=tokenizer,
+        end_of_text=end_of_text,
+        text_field=text_field,
+        num_processes=processes,
+    )
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        summary = prepare_corpus(config, show)
+    typer.echo(
+        f"{summary.num_files} files, {summary.num_documents:,} documents, {summary.num_bytes:,} bytes, "
+        f"{summary.num_tokens:,} tokens -> {prefix}.bin, .idx"
+    )
+    for reason, count in summary.dropped.items():
+        typer.echo(f"left out {count:,}: {reason}")
 
 
 @app.command("doctor")

@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -127,3 +128,20 @@ def test_importing_the_main_module_starts_nothing():
     command = [sys.executable, "-c", "import megatron_m1.__main__, sys; print('torch' in sys.modules)"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "False\n")
+
+
+def test_data_prepare_encodes_files_into_a_shard_that_can_be_read(tmp_path):
+    from data_pipeline.index import TokenShard
+    from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
+
+    texts = ["one document of text", "another document", ""]
+    train_byte_level_bpe(texts, 280, tmp_path / "tokenizer.json")
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    options = ["--prefix", str(tmp_path / "shard"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    done = invoke("data", "prepare", str(tmp_path / "raw.jsonl"), "--text-field", "body", *options)
+    assert done.exit_code == 0, done.output
+    assert "1 files, 2 documents, 36 bytes" in done.output
+    shard = TokenShard(tmp_path / "shard")
+    encoder = DocumentEncoder(tmp_path / "tokenizer.json")
+    first = next(iter(encoder.encode(texts[:1])))
+    assert list(shard.document(0)) == list(first)
