@@ -113,8 +113,6 @@ def data_prepare(
     processes: Annotated[int, typer.Option(help="Processes that encode at once.")] = 1,
 ) -> None:
     """Encode raw documents into one token shard; run it again after a kill and it goes on."""
-    from rich.progress import Progress
-
     from data_pipeline.corpus import CorpusConfig, prepare_corpus
 
     config = CorpusConfig(
@@ -125,15 +123,8 @@ def data_prepare(
         text_field=text_field,
         num_processes=processes,
     )
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
-        summary = prepare_corpus(config, show)
+    with _reporter() as report:
+        summary = prepare_corpus(config, report)
     typer.echo(
         f"{summary.num_files} files, {summary.num_documents:,} documents, {summary.num_bytes:,} bytes, "
         f"{summary.num_tokens:,} tokens -> {prefix}.bin, .idx"
@@ -164,7 +155,7 @@ def run_doctor() -> None:
 @contextmanager
 def _reporter() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per part of a preparation, on stderr and gone afterwards; yields what reports to it."""
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         tasks: dict[str, TaskID] = {}
