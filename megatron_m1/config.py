@@ -98,13 +98,6 @@ def check_across_sections(config: RunConfig) -> None:
             f"layout.etp={layout.etp} does not divide model.ffn_size={model.ffn_size}: the channels of an "
             f"expert are split over etp; choose etp from {divisors(model.ffn_size)}"
         )
-    passes = training.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
-    if training.evaluation_rows % passes:
-        raise ValueError(
-            f"training.evaluation_rows={training.evaluation_rows} is not a multiple of {passes} (micro_batch_size * dp"
-            f"{' * pp' if layout.vpp > 1 else ''}): every rank evaluates the same number of microbatches; choose "
-            f"a multiple of {passes}, or 0 to evaluate nothing"
-        )
     # Here for the dp of the file; a launcher with more ranks grows dp, and the run checks again.
     check_batch_ramp(schedule, training.sequence_length, training.micro_batch_size * layout.dp)
     for stage in schedule.batch_ramp:
@@ -112,6 +105,13 @@ def check_across_sections(config: RunConfig) -> None:
             global_batch=stage.global_batch_tokens // training.sequence_length,
             micro_batch=training.micro_batch_size,
             sequence_length=training.sequence_length,
+        )
+    passes = training.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
+    if training.evaluation_rows % passes:
+        raise ValueError(
+            f"training.evaluation_rows={training.evaluation_rows} is not a multiple of {passes} (micro_batch_size * dp"
+            f"{' * pp' if layout.vpp > 1 else ''}): every rank evaluates the same number of microbatches; choose "
+            f"a multiple of {passes}, or 0 to evaluate nothing"
         )
 
 

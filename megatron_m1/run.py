@@ -61,6 +61,8 @@ def train(config: RunConfig, resume: bool = True) -> None:
     logging.basicConfig(
         level=logging.INFO if launch.rank == 0 else logging.WARNING, format=f"[r{launch.rank}] %(message)s"
     )
+    # its description of buffers and buckets is of no use to a user
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
     connect(launch)
     try:
         config = config.model_copy(update={"layout": config.layout.fit_to_world(launch.world_size)})

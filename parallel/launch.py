@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -83,20 +82,32 @@ def connect(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     if launch.world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(
             f"world size {launch.world_size} but MASTER_ADDR is not set: every rank needs the address of rank 0; "
-            "export MASTER_ADDR and MASTER_PORT, or start with torchrun or `m1 launch slurm`"
+            "export MASTER_ADDR and MASTER_PORT, or start with torchrun"
         )
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
     torch.distributed.init_process_group(
-        launch.backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
+        launch.backend,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        # alone there is nobody to meet: no address, no port
+        store=torch.distributed.HashStore() if launch.world_size == 1 else None,
+        timeout=timedelta(seconds=timeout_s),
     )
 
 
-def free_port() -> int:
-    """A TCP port that is free on loopback right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def host_local_ranks(world_size: int) -> tuple[torch.distributed.TCPStore, dict[str, str]]:
+    """A meeting place for ranks on this machine, kept by this process, and the environment that points to it.
+
+    The port is taken here and now: a free port handed to rank 0 may be gone when rank 0 has started. Keep the store
+    until the ranks have ended.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        # torchrun's word for "the launcher keeps the store"
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float = 60.0) -> int:
@@ -105,7 +116,7 @@ def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float
     The first rank that fails ends the others (TERM, then KILL after `grace_s`), so no rank waits in a
     collective for a peer that is gone. SIGTERM and SIGUSR1 to this process are passed on to every rank.
     """
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    store, shared = host_local_ranks(world_size)
     if not torch.cuda.is_available():
         cores = os.cpu_count() or 1
         shared |= {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "GLOO_SOCKET_IFNAME": "lo"}
@@ -129,6 +140,7 @@ def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float
         _end(ranks, grace_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
+        del store
 
 
 def _wait_for_all(ranks: list[subprocess.Popen], grace_s: float) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.launch import free_port
+from parallel.launch import host_local_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 _RANK_MAIN = "from tests.spawn import rank_main; rank_main()"
@@ -28,11 +28,10 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="m1ranks") as directory:
         task = Path(directory) / "task.pickle"
         task.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+        store, meeting_place = host_local_ranks(world_size)
         shared = {
             **os.environ,
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            **meeting_place,
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -45,6 +44,7 @@ def run_ranks(
             with log.open("wb") as sink:
                 ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=sink, stderr=sink))
         _wait(ranks, logs, timeout_s)
+        del store
         return [
             pickle.loads((Path(directory) / f"result{rank}.pickle").read_bytes())
             for rank in range(world_size)

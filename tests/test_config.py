@@ -176,7 +176,7 @@ def batch(tokens: int) -> str:
         ("layout.ep=8 layout.dp=4", ["layout.ep=8", "4 experts"]),
         ("model.vocab_size=4097", ["layout.tp=2", "model.vocab_size=4097", "multiple of 2"]),
         ("layout.etp=7 layout.dp=7", ["layout.etp=7", "model.ffn_size=288", "choose etp from"]),
-        (batch(1000), ["1000 tokens", "multiple of 512"]),
+        (batch(1000), ["1000 tokens", "multiple of 1024"]),
         ("layout.dp=3", ["schedule.batch_ramp", "2048 tokens", "micro_batch_size * dp"]),
         ("layout.vpp=2 training.micro_batch_size=8", ["1 microbatches", "layout.vpp=2", "multiple of"]),
         (

@@ -7,14 +7,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <optional>
 
 #include "launch.h"
 #include "moe/launch.h"
-
-// Lives in libtorch_cuda alone: weak, so that the library loads in a torch without it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
 
@@ -22,9 +21,16 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: m1_sm90 needs a CUDA build");
+  // It lives in libtorch_cuda, which torch loads privately: a weak symbol of this library would stay null.
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<GetStream>(found);
+  }();
+  STD_TORCH_CHECK(get_stream != nullptr, "this torch has no CUDA: m1_sm90 needs a CUDA build");
   void* stream = nullptr;
-  const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream);
+  const AOTITorchError error = get_stream(tensor.get_device(), &stream);
   STD_TORCH_CHECK(error == 0, "torch has no current CUDA stream for device ", int(tensor.get_device()));
   return stream;
 }
