@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels_cuda.lightning.chunked import CHUNK_TOKENS, lightning_scan
+from kernels_cuda.lightning.chunked import chunk_tokens_for, lightning_scan
 from kernels_cuda.moe import experts
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.flops import (
@@ -87,7 +87,7 @@ def count_forward_and_backward(lengths: list[int], alone) -> tuple[dict, dict]:
 def test_formula_equals_a_counted_forward(lengths, alone):
     """The CPU computes whole squares of pairs where the formula counts triangles; all else is equal."""
     forward, _ = count_forward_and_backward(lengths, alone)
-    block = CHUNK_TOKENS
+    block = chunk_tokens_for(torch.float32)
     flops = count_flops(TINY, lengths, lightning_block_tokens=block)
     ops = torch.ops
     assert forward[ops.aten.mm] + forward[ops.m1.grouped_mlp] == flops.projections + flops.head
