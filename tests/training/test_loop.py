@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.training.spool import read_steps
+from tests import tolerances
 from tests.spawn import ROOT
 from tests.training.tiny_run import VOCAB, data_in, write_run_file, write_shards
 
@@ -64,3 +65,20 @@ def test_resuming_with_other_data_is_refused_and_a_fresh_start_keeps_the_old_run
     assert fresh.returncode == 0, fresh.stderr
     [aside] = tmp_path.glob("run.before-*")
     assert (aside / "checkpoints" / "step_00000002" / "manifest.json").is_file()
+
+
+def test_under_torchrun_dp_grows_to_the_world_and_the_losses_stay(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    losses = []
+    for name, launcher in (
+        ("alone", []),
+        ("torchrun", ["-m", "torch.distributed.run", "--nproc-per-node=2"]),
+    ):
+        run_file = write_run_file(tmp_path / name, data_in(tmp_path), steps=4)
+        command = [sys.executable, "-W", "ignore", *launcher, "-m", "megatron_m1"]
+        command += ["train", str(run_file), "layout={}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        steps = read_steps(tmp_path / name / "metrics.jsonl")
+        losses.append([steps[step]["loss_nats"] for step in (1, 2, 3, 4)])
+    assert losses[1] == pytest.approx(losses[0], rel=10 * tolerances.LOSS)
