@@ -23,6 +23,9 @@ from typing import Any
 import torch
 
 _PR_SET_PDEATHSIG = 1
+_START_TIMEOUT_S = 20.0
+_FORK_ATTEMPTS = 5
+_STARTED = b"started"
 
 
 class BackgroundCall:
@@ -39,14 +42,34 @@ class BackgroundCall:
         if not fork:
             self._finish(_outcome(action))
             return
+        if not any(self._fork(action) for _ in range(_FORK_ATTEMPTS)):
+            self._process = None
+            self._finish({"problem": f"none of {_FORK_ATTEMPTS} forked writer processes started"})
+            return
+        # a process that ends before it has the result has no use for it; multiprocessing would wait for the child
+        atexit.register(self.end)
+
+    def _fork(self, action: Callable[[], dict[str, Any]]) -> bool:
+        """Fork a child; whether it came to run our code.
+
+        CPython can deadlock inside fork: when a C++ thread is just getting its Python thread state, the child inherits
+        the interpreter's list locked and waits for it for ever. Such a child is ended, and another one forked.
+        """
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_child_main, args=(action, sender, os.getpid()), daemon=True)
         self._process.start()
-        # a process that ends before it has the result has no use for it; multiprocessing would wait for the child
-        atexit.register(self.end)
         # with our copy of the sending end closed, a dead child reads as the end of the stream
         sender.close()
+        try:
+            if self._receiver.poll(_START_TIMEOUT_S) and self._receiver.recv_bytes() == _STARTED:
+                return True
+        except EOFError:
+            pass
+        self._process.kill()
+        self._process.join()
+        self._receiver.close()
+        return False
 
     @property
     def running(self) -> bool:
@@ -93,6 +116,7 @@ def _child_main(action: Callable[[], dict[str, Any]], sender: Connection, parent
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    sender.send_bytes(_STARTED)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # collecting here would run destructors of the parent's CUDA and process group objects

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
+from parallel import background
 from parallel.background import BackgroundCall
 from tests.spawn import ROOT
 
@@ -58,3 +60,27 @@ def test_a_parent_that_ends_does_not_wait_for_it() -> None:
         "call = BackgroundCall(lambda: [time.sleep(60), {}][1], fork=True); time.sleep(0.2)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=40)
+
+
+@pytest.mark.parametrize(("stuck", "outcome"), [(2, ({}, "")), (99, (None, "none of 5 forked"))])
+def test_a_child_stuck_in_fork_is_ended_and_another_one_forked(
+    stuck: int, outcome: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, attempts = background._child_main, []
+
+    def child_main(*arguments: object) -> None:
+        if len(attempts) <= stuck:
+            time.sleep(60)
+        whole(*arguments)
+
+    fork = background.BackgroundCall._fork
+    monkeypatch.setattr(background, "_START_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(background, "_child_main", child_main)
+    monkeypatch.setattr(
+        background.BackgroundCall, "_fork", lambda self, action: attempts.append(None) or fork(self, action)
+    )
+    call = background.BackgroundCall(dict, fork=True)
+    call.wait(10.0)
+    assert call.result == outcome[0]
+    assert call.problem.startswith(outcome[1])
+    assert len(attempts) == min(stuck + 1, 5)
