@@ -25,6 +25,7 @@ from torch import nn
 from kernels_cuda.moe.op import moe_route
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.packed import Packed
+from megatron_m1.model.routing import replayed
 from parallel.dispatch import AllToAllDispatcher
 from parallel.experts import EXPERTS
 from parallel.split import Split
@@ -36,13 +37,14 @@ class Router(MegatronModule):
     Args:
         config: megatron-core's configuration of this stage.
         model: sizes and numerics.
+        layer: global index from 0: where its decisions stand in a record.
         groups: megatron-core's process groups; the tokens of a microbatch are split over tp and cp.
     Source: MiniMax-01 (arXiv 2501.08313), section 2.1, eq. 1.
     """
 
-    def __init__(self, config: Any, model: ModelConfig, groups: Any) -> None:
+    def __init__(self, config: Any, model: ModelConfig, layer: int, groups: Any) -> None:
         super().__init__(config)
-        self.model = model
+        self.model, self.layer = model, layer
         self.tp_group, self.token_group = groups.tp, groups.tp_cp
         dtype = torch.float32 if model.router_fp32 else config.params_dtype
         self.weight = nn.Parameter(torch.empty(model.num_experts, model.hidden_size, dtype=dtype))
@@ -54,7 +56,7 @@ class Router(MegatronModule):
         """Route this rank's tokens [t, 1, D]: weights [t, E] (zero where not chosen) and the map [t, E] bool."""
         x_tD = x_SBD.flatten(0, 1).to(self.weight.dtype)
         logits_tE = nn.functional.linear(x_tD, self.weight).float()
-        weights_tk, experts_tk = moe_route(logits_tE, self.model.experts_per_token)
+        weights_tk, experts_tk = self._choose(logits_tE, packed)
         chosen_tE = torch.zeros_like(logits_tE, dtype=torch.bool).scatter(1, experts_tk, True)
         weights_tE = torch.zeros_like(logits_tE).scatter(1, experts_tk, weights_tk)
         kept_tE = self._keep_within_capacity(weights_tE, chosen_tE, packed)
@@ -62,11 +64,22 @@ class Router(MegatronModule):
             weights_tE = self._add_auxiliary_loss(weights_tE, logits_tE, chosen_tE, kept_tE, packed)
         return weights_tE * kept_tE, kept_tE
 
+    def _choose(self, logits_tE: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts [t, k] of this rank's tokens: the k best, or those on record."""
+        weights_tk, experts_tk = moe_route(logits_tE, self.model.experts_per_token)
+        if packed.experts_TLk is not None:
+            recorded_tLk = self._own_share(packed.experts_TLk)
+            weights_tk, experts_tk = replayed(logits_tE, experts_tk, recorded_tLk, self.layer)
+        if packed.record is not None:
+            packed.record.note(self.layer, experts_tk)
+        return weights_tk, experts_tk
+
     def _keep_within_capacity(
         self, weights_tE: torch.Tensor, chosen_tE: torch.Tensor, packed: Packed
     ) -> torch.Tensor:
         """Of every row, each expert keeps its highest-weighted tokens up to its capacity."""
-        if self.model.capacity_factor is None:
+        # generation drops nothing: which tokens share a pass is chance, and no sample may depend on it
+        if self.model.capacity_factor is None or packed.extension is not None:
             return chosen_tE
         scores_TE = self._gather(torch.where(chosen_tE, weights_tE, -1.0).detach(), packed)
         scores_BSE = scores_TE.view(-1, packed.row_tokens, self.model.num_experts)
@@ -171,12 +184,13 @@ class MixtureOfExperts(MoELayer):
     Args:
         config: megatron-core's configuration of this stage.
         model: sizes and numerics.
+        layer: global index from 0.
         groups: megatron-core's process groups.
     """
 
-    def __init__(self, config: Any, model: ModelConfig, groups: Any) -> None:
+    def __init__(self, config: Any, model: ModelConfig, layer: int, groups: Any) -> None:
         def build_router(*, config: Any, pg_collection: Any) -> Router:
-            return Router(config, model, pg_collection)
+            return Router(config, model, layer, pg_collection)
 
         experts = EXPERTS[model.experts]
         super().__init__(config, MoESubmodules(experts=experts, router=build_router), pg_collection=groups)

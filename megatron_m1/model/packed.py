@@ -3,7 +3,8 @@
 Under context parallelism a rank holds a part of the tokens, and its "documents" are the fragments of documents that
 it holds; the split tells which fragments belong together. megatron-core hands the object through its blocks as
 `packed_seq_params`; our layers read it, megatron-core does not.
-Legend: T this rank's tokens of the microbatch, N documents or fragments of documents on this rank.
+Legend: T this rank's tokens of the microbatch, N documents or fragments of documents on this rank, L layers, k experts
+per token.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from parallel.split import Piece, Split, cut_over_ranks
 
 if TYPE_CHECKING:
     from megatron_m1.model.cache import Extension
+    from megatron_m1.model.routing import RoutingRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Packed:
     """This rank's place in the split: its context-parallel coordinate."""
     extension: Extension | None = None
     """In generation: which cached sequence each document continues."""
+    record: RoutingRecord | None = None
+    """Where the routers of this pass note what they choose."""
+    experts_TLk: torch.Tensor | None = None
+    """Integers [T, layers, choices]: the experts that every router is to take instead of its own choice; -1 leaves it
+    the token. All layers of the model, on every pipeline stage."""
 
     @classmethod
     def from_lengths(

@@ -60,7 +60,7 @@ class PostNormLayer(MegatronModule, BaseTransformerLayer):
         self.attention_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
         self.attention = attention(config, model, layer_index, pg_collection, layout)
         self.moe_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
-        self.moe = MixtureOfExperts(config, model, pg_collection)
+        self.moe = MixtureOfExperts(config, model, layer_index, pg_collection)
 
     def forward(
         self, hidden_states: torch.Tensor, packed_seq_params: Packed, **_of_megatron: Any

@@ -11,14 +11,24 @@ import numpy as np
 import torch
 
 
-def uniforms(
-    seed: int, prompt_ids_n: np.ndarray, sample_ids_n: np.ndarray, positions_n: np.ndarray
-) -> np.ndarray:
-    """fp64 [n] in [0, 1), one per (prompt, sample, position); splitmix64 (Steele et al., OOPSLA 2014), chained."""
+def sample_keys(seed: int, prompt_ids_n: np.ndarray, sample_ids_n: np.ndarray) -> np.ndarray:
+    """uint64 [n], one per (prompt, sample): the seed of a sample, whichever engine draws it.
+
+    splitmix64 (Steele et al., OOPSLA 2014), chained.
+    """
     state_n = np.full(len(prompt_ids_n), seed, dtype=np.uint64)
-    for part_n in (prompt_ids_n, sample_ids_n, positions_n):
-        state_n = _mix(state_n ^ _mix(part_n.astype(np.uint64)))
-    return (state_n >> np.uint64(11)) * 2.0**-53
+    for part_n in (prompt_ids_n, sample_ids_n):
+        state_n = _chained(state_n, part_n)
+    return state_n
+
+
+def uniforms(keys_n: np.ndarray, positions_n: np.ndarray) -> np.ndarray:
+    """fp64 [n] in [0, 1), one per sample's key (uint64) and position of its next token."""
+    return (_chained(keys_n, positions_n) >> np.uint64(11)) * 2.0**-53
+
+
+def _chained(state_n: np.ndarray, part_n: np.ndarray) -> np.ndarray:
+    return _mix(state_n ^ _mix(part_n.astype(np.uint64)))
 
 
 def _mix(x_n: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_m1.model.cache import SequenceCache, extending
 from megatron_m1.model.packed import Packed
-from megatron_m1.rl.draw import draw, uniforms
+from megatron_m1.model.routing import RoutingRecord
+from megatron_m1.rl.draw import draw, sample_keys, uniforms
+from megatron_m1.rl.experts_record import ExpertsRecord, Stretch
 from megatron_m1.rl.sample import FinishReason, Prompt, Sample
 from megatron_m1.rl.stop import RepetitionConfig, RepetitionStop
 from parallel.groups import Groups
@@ -44,6 +46,8 @@ class GenerationConfig:
     prefill_tokens: int = 4096
     """Most prompt tokens of one pass and pipeline stage: bounds the memory of a pass."""
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+    record_experts: bool = False
+    """Note in every sample which experts its tokens took, so that training can take the same."""
 
     def __post_init__(self) -> None:
         for name in ("window", "slots", "prefill_tokens"):
@@ -64,6 +68,24 @@ class Request:
     sample_id: int
     earlier: Sample | None = None
     """A cut sample of the same ids: its tokens are read like the prompt, and generation goes on behind them."""
+    key: int | None = None
+    """What its random numbers are made of, 64 bits; None: of the run's seed and both ids (`sample_keys`)."""
+    max_tokens: int | None = None
+    """Most tokens generated in this call, besides the window's own limit; the sample then ends with "length"."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One pipeline stage's part of a pass."""
+
+    tokens_T: torch.Tensor
+    packed: Packed
+    ends: list[int]
+    """Where sequences end that get a token."""
+    ready: list[_Sequence]
+    """These sequences."""
+    stretches: list[Stretch]
+    """What the tokens are, padding left out."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +101,11 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """Prompt and sample."""
+        return self.request.prompt.prompt_id, self.request.sample_id
 
     @property
     def num_earlier(self) -> int:
@@ -128,7 +155,11 @@ class Generator:
         self._chunks, self._groups, self._config = list(chunks), groups, config
         self._version, self._text_of = version, text_of
         self._slots_per_stage = config.slots // stages
-        self._vocab_size = getattr(chunks[-1], "module", chunks[-1]).model.vocab_size
+        self._unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
+
+    def use_weights(self, version: int) -> None:
+        """The model's weights are those of optimizer step `version` from now on."""
+        self._version = version
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], *, max_passes: int | None = None) -> list[Sample]:
@@ -149,12 +180,14 @@ class Generator:
         replica, replicas = collection.dp_cp.rank(), collection.dp_cp.size()
         for chunk in self._chunks:
             chunk.eval()
-        mine = _Replica(requests[replica::replicas], self._config, self._groups.device)
+        record = ExpertsRecord(self._unwrapped, self._groups) if self._config.record_experts else None
+        mine = _Replica(requests[replica::replicas], self._config, self._groups.device, record)
         passes = 0
         while self._any_busy(mine) and (max_passes is None or passes < max_passes):
             self._pass(mine)
             passes += 1
-        done = [self._sample_of(sequence) for sequence in mine.touched()]
+        experts = mine.recorded_experts()
+        done = [self._sample_of(sequence, experts.get(sequence.ids)) for sequence in mine.touched()]
         by_replica: list[Any] = [done]
         if replicas > 1:
             by_replica = [None] * replicas
@@ -191,15 +224,13 @@ class Generator:
         length = -(-longest // multiple) * multiple
         mine.cache.start(mine.cache.scratch)
         batches = [self._microbatch(mine, plan, length) for plan in plans]
-        logits_nP = self._logits([(tokens_T, packed, ends) for tokens_T, packed, ends, _ in batches])
-        for _, packed, _, _ in batches:
-            mine.cache.advance(packed)
-        mine.deal(self._draw, [sequence for *_, ready in batches for sequence in ready], logits_nP)
+        logits_nP = self._logits(batches)
+        for batch in batches:
+            mine.note_pass(batch)
+        mine.deal(self._draw, [sequence for batch in batches for sequence in batch.ready], logits_nP)
 
-    def _microbatch(
-        self, mine: _Replica, plan: list[tuple[_Sequence, int]], length: int
-    ) -> tuple[torch.Tensor, Packed, list[int], list[_Sequence]]:
-        """Tokens [T] of one stage's slots padded to `length`, where sequences end that get a token, and these."""
+    def _microbatch(self, mine: _Replica, plan: list[tuple[_Sequence, int]], length: int) -> _Batch:
+        """The tokens of one stage's slots, padded to `length`."""
         # decode steps go first; a sequence that has read nothing yet is no decode step, even if it is one token long
         plan = sorted(plan, key=lambda item: (not _is_decode(item, mine.cache), item[0].slot))
         num_single = sum(_is_decode(item, mine.cache) for item in plan)
@@ -217,19 +248,22 @@ class Generator:
             lengths.append(length - len(tokens))
             tokens += [0] * lengths[-1]
         packed = extending(mine.cache, slots, lengths, num_single)
-        return torch.tensor(tokens, device=self._groups.device), packed, ends, ready
+        if self._config.record_experts:
+            packed = replace(packed, record=RoutingRecord())
+        stretches = [Stretch(s.ids, mine.cache.lengths[s.slot], count) for s, count in plan]
+        return _Batch(torch.tensor(tokens, device=self._groups.device), packed, ends, ready, stretches)
 
-    def _logits(self, batches: list[tuple[torch.Tensor, Packed, list[int]]]) -> torch.Tensor | None:
+    def _logits(self, batches: list[_Batch]) -> torch.Tensor | None:
         """fp32 [n, P] behind the ends of all microbatches, on the last stage; None on the others."""
         waiting = [iter(batches) for _ in self._chunks]
 
         def forward(data: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
-            tokens_T, packed, ends = next(data)
+            batch = next(data)
 
             def keep(logits_Tp: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-                return logits_Tp[ends].float()
+                return logits_Tp[batch.ends].float()
 
-            return chunk(tokens_T, packed), keep
+            return chunk(batch.tokens_T, batch.packed), keep
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward,
@@ -237,7 +271,7 @@ class Generator:
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
             num_microbatches=len(batches),
             # megatron-core divides it by cp, whose ranks generate on their own here
-            seq_length=len(batches[0][0]) * self._groups.layout.cp,
+            seq_length=len(batches[0].tokens_T) * self._groups.layout.cp,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -256,12 +290,7 @@ class Generator:
         """A token and its log-probability per sequence, from its row of the logits; the same on every stage."""
         drawn = torch.empty(2, len(sequences), dtype=torch.float64, device=self._groups.device)
         if logits_nP is not None:
-            u = uniforms(
-                self._config.seed,
-                np.array([s.request.prompt.prompt_id for s in sequences]),
-                np.array([s.request.sample_id for s in sequences]),
-                np.array([s.position for s in sequences]),
-            )
+            u = uniforms(self._keys(sequences), np.array([s.position for s in sequences]))
             tokens_n, log_probs_n = draw(
                 logits_nP[rows],
                 torch.from_numpy(u).to(logits_nP.device),
@@ -275,7 +304,15 @@ class Generator:
         tokens, log_probs = drawn.tolist()
         return [int(token) for token in tokens], log_probs
 
-    def _sample_of(self, sequence: _Sequence) -> Sample:
+    def _keys(self, sequences: list[_Sequence]) -> np.ndarray:
+        prompts_n, samples_n = np.array([s.ids for s in sequences]).T
+        keys_n = sample_keys(self._config.seed, prompts_n, samples_n)
+        for row, sequence in enumerate(sequences):
+            if sequence.request.key is not None:
+                keys_n[row] = sequence.request.key
+        return keys_n
+
+    def _sample_of(self, sequence: _Sequence, experts_WLk: np.ndarray | None) -> Sample:
         earlier = sequence.request.earlier
         tokens_S = np.array(sequence.tokens, dtype=np.int64)
         log_probs_S = np.array(sequence.log_probs, dtype=np.float32)
@@ -284,6 +321,9 @@ class Generator:
             tokens_S = np.concatenate([earlier.tokens_S, tokens_S])
             log_probs_S = np.concatenate([earlier.log_probs_S, log_probs_S])
             versions_S = np.concatenate([earlier.versions_S, versions_S])
+            if experts_WLk is not None and earlier.experts_WLk is not None:
+                # what was read again took the experts of newer weights; its log-probabilities are of the older ones
+                experts_WLk[: len(earlier.experts_WLk)] = earlier.experts_WLk
         return Sample(
             prompt_id=sequence.request.prompt.prompt_id,
             sample_id=sequence.request.sample_id,
@@ -292,6 +332,7 @@ class Generator:
             versions_S=versions_S,
             finish=sequence.finish,
             text=self._text_of(tokens_S),
+            experts_WLk=experts_WLk,
         )
 
 
@@ -300,10 +341,16 @@ def _is_decode(item: tuple[_Sequence, int], cache: SequenceCache) -> bool:
 
 
 class _Replica:
-    """One replica's queue, slots and caches."""
+    """One replica's queue, slots, caches, and record of experts if one is kept."""
 
-    def __init__(self, requests: Sequence[Request], config: GenerationConfig, device: torch.device) -> None:
-        self._config = config
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        config: GenerationConfig,
+        device: torch.device,
+        record: ExpertsRecord | None,
+    ) -> None:
+        self._config, self._record = config, record
         self._queue = deque(requests)
         self._busy: dict[int, _Sequence] = {}
         self._ended: list[_Sequence] = []
@@ -320,6 +367,19 @@ class _Replica:
     def touched(self) -> list[_Sequence]:
         """Every sequence that has ended or has at least one token."""
         return [*self._ended, *(s for s in self._busy.values() if s.position)]
+
+    def recorded_experts(self) -> dict[tuple[int, int], np.ndarray]:
+        """Experts of all tokens that were read of every touched sequence; collective over tp and pp."""
+        if self._record is None:
+            return {}
+        # the last token drawn was not read
+        return self._record.gather({sequence.ids: sequence.length - 1 for sequence in self.touched()})
+
+    def note_pass(self, batch: _Batch) -> None:
+        """Count what a pass has read, and keep which experts it took."""
+        self.cache.advance(batch.packed)
+        if self._record is not None and batch.packed.record is not None:
+            self._record.note(batch.packed.record, batch.stretches, len(batch.tokens_T))
 
     def fill_slots(self) -> None:
         """Give free slots to waiting requests; samples of one prompt that start together read it once."""
@@ -366,6 +426,8 @@ class _Replica:
         for row, sequence in enumerate(ready):
             for follower in sequence.followers:
                 self.cache.copy(sequence.slot, follower.slot)
+                if self._record is not None:
+                    self._record.copy(sequence.ids, follower.ids)
             receivers += [sequence, *sequence.followers]
             rows += [row] * (1 + len(sequence.followers))
             sequence.followers = []
@@ -392,4 +454,8 @@ class _Replica:
             return "stop"
         if repeats:
             return "repetition"
-        return "length" if sequence.length >= self._config.window else None
+        most = sequence.request.max_tokens
+        is_full = sequence.length >= self._config.window or (
+            most is not None and len(sequence.tokens) >= most
+        )
+        return "length" if is_full else None

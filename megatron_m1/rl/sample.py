@@ -1,7 +1,8 @@
 """What generation hands to training: prompts, samples with their log-probabilities, scores, and groups of them.
 
 Nothing here needs torch, because the processes that compute rewards import it.
-Legend: S tokens of one sample, G samples of one group.
+Legend: S tokens of one sample, G samples of one group, W tokens of a prompt and an answer together, L layers, k experts
+per token.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Sample:
     """None: cut, to be carried over."""
     text: str
     """The tokens as text."""
+    experts_WLk: np.ndarray | None = None
+    """int8 (int16 above 128 experts) [W - 1, L, k]: experts that the routers took for every token that was read, prompt
+    first; the last token was not. A row for training holds it at the positions of its inputs, as `experts_SLk`.
+    None: not recorded."""
 
     def __post_init__(self) -> None:
         lengths = [len(self.tokens_S), len(self.log_probs_S), len(self.versions_S)]

@@ -1,12 +1,13 @@
 """What the trainer takes from any source of data: rows of packed documents, and microbatches made of them.
 
-Legend: S tokens per row, T this rank's tokens of a microbatch (rows * S without context parallelism), B rows.
+Legend: S tokens per row, T this rank's tokens of a microbatch (rows * S without context parallelism), B rows, L layers,
+k experts per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,12 @@ from parallel.split import Piece
 
 
 class Row(Protocol):
-    """One sample of the global batch, as numpy arrays: `data_pipeline.pack.PackedSample` has this form."""
+    """One sample of the global batch, as numpy arrays: `data_pipeline.pack.PackedSample` has this form.
+
+    A row of generated text may also have `experts_SLk`, integers [S, L, k]: the experts that the routers took when the
+    text was generated, all layers of the model, -1 for tokens without a record. The record of a
+    sample (`rl.sample.Sample.experts_WLk`) goes to the positions of its inputs: prompt and answer without the last token.
+    """
 
     @property
     def tokens_S(self) -> Any: ...
@@ -69,12 +75,28 @@ def make_microbatch(
         device=device,
         piece=piece,
     )
+    recorded = [getattr(row, "experts_SLk", None) for row in rows]
+    if any(experts is not None for experts in recorded):
+        packed = replace(packed, experts_TLk=_joined_experts(recorded, packed).to(device))
     return Microbatch(
         joined("tokens_S", torch.int64),
         joined("labels_S", torch.int64),
         joined("loss_mask_S", torch.float32),
         packed,
     )
+
+
+def _joined_experts(recorded: Sequence[Any], packed: Packed) -> torch.Tensor:
+    """This rank's piece of the rows' records, [T, L, k]; -1 for the tokens of rows without one."""
+    known = next(experts for experts in recorded if experts is not None)
+    shape = packed.row_tokens, *known.shape[1:]
+    rows = [
+        torch.full(shape, -1, dtype=torch.as_tensor(known).dtype)
+        if experts is None
+        else torch.as_tensor(experts)
+        for experts in recorded
+    ]
+    return packed.split.cut(torch.cat(rows), packed.rank)
 
 
 def sample_ids(

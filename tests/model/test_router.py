@@ -20,7 +20,7 @@ def build(alone, **changes) -> Router:
     """A router whose weight is the identity, so that its input is its logits."""
     sizes = {"hidden_size": 3, "num_experts": 3, "experts_per_token": 2} | changes
     model = ModelConfig(**sizes)
-    router = Router(transformer_config(model, alone.layout), model, alone.collection)
+    router = Router(transformer_config(model, alone.layout), model, 0, alone.collection)
     with torch.no_grad():
         router.weight.copy_(torch.eye(model.num_experts))
     return router
@@ -143,7 +143,7 @@ def test_enough_capacity_drops_nothing(alone):
 @pytest.mark.parametrize("fp32", [True, False])
 def test_router_computes_in_fp32_unless_told_otherwise(fp32, alone):
     model = ModelConfig(hidden_size=3, num_experts=3, router_fp32=fp32)
-    router = Router(transformer_config(model, alone.layout, precision="bf16"), model, alone.collection)
+    router = Router(transformer_config(model, alone.layout, precision="bf16"), model, 0, alone.collection)
     assert router.weight.dtype == (torch.float32 if fp32 else torch.bfloat16)
     weight = torch.tensor([[1.0, 0.001, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     with torch.no_grad():

@@ -127,7 +127,7 @@ def test_our_row_moves_change_nothing_but_their_cost(alone, top_k):
     results = []
     for upstream in (False, True):
         torch.manual_seed(0)
-        layer = MixtureOfExperts(config, model, alone.collection)
+        layer = MixtureOfExperts(config, model, 0, alone.collection)
         assert type(layer.token_dispatcher) is not MoEAlltoAllTokenDispatcher
         if upstream:
             layer.token_dispatcher = MoEAlltoAllTokenDispatcher(

@@ -63,10 +63,10 @@ def config(**changes: Any) -> GenerationConfig:
     return GenerationConfig(**(options | changes))
 
 
-def build(groups: Groups) -> list[Any]:
-    """The model's chunks, weights scaled up."""
+def build(groups: Groups, **options: Any) -> list[Any]:
+    """The model's chunks, weights scaled up; `options` are those of `build_model`, and `model` is another model."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    chunks = build_model(MODEL, groups, seed=1)
+    chunks = build_model(options.pop("model", MODEL), groups, seed=1, **options)
     with torch.no_grad():
         for chunk in chunks:
             for name, weight in chunk.named_parameters():
@@ -103,5 +103,16 @@ def in_layouts(layouts: list[Layout]) -> list[list[Answer]]:
     for layout in layouts:
         groups = create_groups(layout, torch.device("cpu"))
         found.append(answers(generate(build(groups), groups, requests())))
+        destroy_groups()
+    return found
+
+
+def experts_in_layouts(layouts: list[Layout]) -> list[list[Any]]:
+    """Recorded experts of the same requests in several layouts of one world size."""
+    found = []
+    for layout in layouts:
+        groups = create_groups(layout, torch.device("cpu"))
+        samples = generate(build(groups), groups, requests(), record_experts=True)
+        found.append([sample.experts_WLk for sample in samples])
         destroy_groups()
     return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_m1.model.packed import Packed
-from megatron_m1.rl.draw import draw, uniforms
+from megatron_m1.rl.draw import draw, sample_keys, uniforms
 from parallel.layout import Layout
 from tests.rl import generate_ranks as ranks
 from tests.spawn import run_ranks
@@ -99,6 +101,22 @@ def test_layouts_do_not_change_samples(samples):
             _same(in_layout, ranks.answers(samples))
 
 
+def test_a_capacity_of_training_drops_nothing_in_generation(alone, samples):
+    tight = replace(ranks.MODEL, capacity_factor=0.5)
+    _same(
+        ranks.answers(ranks.generate(ranks.build(alone, model=tight), alone, ranks.requests())),
+        ranks.answers(samples),
+    )
+
+
+def test_a_sample_ends_at_its_own_limit_and_is_drawn_from_its_own_key(model, samples):
+    first = ranks.requests()[0]
+    key = int(sample_keys(3, np.array([first.prompt.prompt_id]), np.array([first.sample_id]))[0])
+    stranger = ranks.Request(prompt=replace(first.prompt, prompt_id=99), sample_id=5, key=key, max_tokens=2)
+    (found,) = ranks.generate(*model, [stranger])
+    assert (found.tokens_S == samples[0].tokens_S[:2]).all() and found.finish == "length"
+
+
 def test_repetition_stop_ends_a_sample(model):
     from megatron_m1.rl.stop import RepetitionConfig
 
@@ -131,12 +149,16 @@ def test_draw_follows_the_distribution_and_top_p():
 def test_random_numbers_are_even_and_unlike():
     n = 20_000
     ids = np.arange(n)
-    u = uniforms(1, ids // 100, ids % 100, np.zeros(n, dtype=int))
+
+    def of_seed(seed):
+        return uniforms(sample_keys(seed, ids // 100, ids % 100), np.zeros(n, dtype=int))
+
+    u = of_seed(1)
     assert abs(u.mean() - 0.5) < 0.01 and abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02
-    assert (
-        len(np.unique(np.concatenate([u, uniforms(2, ids // 100, ids % 100, np.zeros(n, dtype=int))])))
-        == 2 * n
-    )
+    assert len(np.unique(np.concatenate([u, of_seed(2)]))) == 2 * n
+    # a sample's numbers at different places are unlike, too
+    by_place = uniforms(np.repeat(sample_keys(1, ids[:1], ids[:1]), n), ids)
+    assert len(np.unique(by_place)) == n and abs(by_place.mean() - 0.5) < 0.01
 
 
 def _same(found, expected):
