@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1 import runfile
 from megatron_m1.longcontext.evaluate import LongContextConfig
 from megatron_m1.model.config import ModelConfig
+from megatron_m1.rl.config import RLConfig
 from megatron_m1.training.health import HealthConfig
 from megatron_m1.training.loop import TrainingConfig
 from megatron_m1.training.optimizer import OptimizerConfig
@@ -29,7 +30,7 @@ from parallel.checkpoint import CheckpointConfig
 from parallel.layout import Layout, divisors
 
 PRESETS = Path(__file__).parent / "presets"
-STAGE_SECTIONS = ("model", "layout", "training", "optimizer", "schedule", "checkpoint", "long_context")
+STAGE_SECTIONS = ("model", "layout", "training", "optimizer", "schedule", "checkpoint", "long_context", "rl")
 """Sections of which a stage may set single values."""
 
 
@@ -39,6 +40,8 @@ class StageOverrides:
 
     name: str
     """Name in logs and errors."""
+    kind: Literal["train", "rl"] = "train"
+    """`train`: next-token loss on rows of `data`. `rl`: the section `rl` on its prompts; only the last stage."""
     mix: StageConfig | None = None
     """Weights of the data sources in this stage; its tokens follow from the steps. None: the sources' own weights."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class StageOverrides:
     schedule: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     long_context: dict[str, Any] = field(default_factory=dict)
+    rl: dict[str, Any] = field(default_factory=dict)
 
 
 class RunConfig(BaseModel):
@@ -81,6 +85,8 @@ class RunConfig(BaseModel):
     """Where metrics are sent besides the run directory."""
     long_context: LongContextConfig = Field(default_factory=LongContextConfig)
     """What is measured of how the model uses its context."""
+    rl: RLConfig = Field(default_factory=RLConfig)
+    """What stages of kind `rl` do."""
     stages: tuple[StageOverrides, ...] = ()
     """Parts of the run, one after the other, each with its own values in some sections; none: one stage."""
 
@@ -103,10 +109,13 @@ class RunConfig(BaseModel):
         for section in STAGE_SECTIONS:
             values[section] = runfile.merge(values[section], getattr(stage, section))
         try:
-            return RunConfig.model_validate_json(json.dumps(values), strict=True)
+            config = RunConfig.model_validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             sentences = "\n".join(runfile.sentence_of(detail) for detail in error.errors())
             raise ValueError(f"stage {stage.name!r}: {sentences}") from error
+        if stage.kind == "rl":
+            check_rl(config, stage.name)
+        return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +168,37 @@ def check_across_sections(config: RunConfig) -> None:
             f"{' * pp' if layout.vpp > 1 else ''}): every rank evaluates the same number of microbatches; choose "
             f"a multiple of {passes}, or 0 to evaluate nothing"
         )
+
+
+def check_rl(config: RunConfig, name: str) -> None:
+    """Every rule of a stage of kind `rl` that needs more than one section.
+
+    Raises:
+        ValueError: the first rule that does not hold, with the stage's name.
+    """
+    rl, layout, training = config.rl, config.layout, config.training
+    if not rl.sources:
+        raise ValueError(
+            f"stage {name!r} is of kind 'rl' and rl.sources is empty: it needs 1 source of prompts or more; add one "
+            "(name, kind, path or task, reward)"
+        )
+    if rl.rollout.slots % layout.pp:
+        raise ValueError(
+            f"stage {name!r}: rl.rollout.slots={rl.rollout.slots} is not a multiple of layout.pp={layout.pp}: pipeline "
+            f"stages work on equal parts of the slots; choose a multiple of {layout.pp}"
+        )
+    longest = rl.window.stages_tokens[-1]
+    if longest > training.sequence_length:
+        raise ValueError(
+            f"stage {name!r}: rl.window.stages_tokens ends with {longest} and training.sequence_length="
+            f"{training.sequence_length}: a prompt with its answer is learnt as one document of a row; raise the row "
+            f"to {longest} or lower the window"
+        )
+    layout.check_batch(
+        global_batch=training.micro_batch_size * layout.dp,
+        micro_batch=training.micro_batch_size,
+        sequence_length=training.sequence_length,
+    )
 
 
 def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -20,9 +20,13 @@ from rich.console import Console
 
 from data_pipeline.config import DataConfig, build_dataset
 from data_pipeline.loader import open_loader, sample_ids_hash
-from megatron_m1.config import RunConfig, check_across_sections, dump_run
+from megatron_m1.config import RunConfig, check_across_sections, check_rl, dump_run
+from megatron_m1.learner import LearnerParts
 from megatron_m1.measures import Measures
 from megatron_m1.model.hybrid import HybridModel, build_model
+from megatron_m1.reinforcement import open_prompts, train_policy
+from megatron_m1.rl.loop import PolicyTrainer
+from megatron_m1.rl.prompts import PromptBook
 from megatron_m1.saves import SavedParts, Saves, data_of
 from megatron_m1.stages import Stage, stages_of
 from megatron_m1.training.batch import Row
@@ -87,6 +91,8 @@ def _fitted(stage: Stage, world_size: int) -> Stage:
     layout = stage.config.layout.fit_to_world(world_size)
     config = stage.config.model_copy(update={"layout": layout})
     check_across_sections(config)
+    if stage.kind == "rl":
+        check_rl(config, stage.name)
     return replace(stage, config=config)
 
 
@@ -116,7 +122,7 @@ def _train_stage(config: RunConfig, stage: Stage, groups: Groups, report: _Repor
     if newest is not None and newest >= stage.last.step and not is_last:
         return True
     # first, because a shard that is missing should be known before a large model is built
-    reader = _Rows(stage)
+    reader = open_prompts(stage) if stage.kind == "rl" else _Rows(stage)
     chunks, wrapped, optimizer = _build(stage, groups)
     position, extra = _load(stage, store, newest, chunks, optimizer)
     report.begin(stage, groups, newest, extra.get("mlflow_run_id"))
@@ -133,33 +139,52 @@ def _train_stage(config: RunConfig, stage: Stage, groups: Groups, report: _Repor
         watchdog=vitals.watchdog,
     )
     saves = Saves(stage, dump_run(config), groups, parts)
+    learner_parts = LearnerParts(
+        groups=groups,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        vitals=vitals,
+        saves=saves,
+        position=position,
+        stored=extra,
+    )
+    if isinstance(reader, PromptBook):
+        policy_trainer = train_policy(stage, reader, learner_parts, report.say)
+        return _end_stage(config, stage, policy_trainer, report, None, is_last=is_last)
     reader.say_what_ends(report)
-    with reader as rows, vitals:
-        measures = Measures(stage, groups, wrapped, rows.held_out, vitals.evaluation)
+    trainer, held_out = _train_on_rows(stage, reader, learner_parts)
+    return _end_stage(config, stage, trainer, report, held_out, is_last=is_last)
+
+
+def _train_on_rows(stage: Stage, reader: _Rows, parts: LearnerParts) -> tuple[Trainer, float | None]:
+    """Train a stage of kind `train`; its trainer, and the last held-out loss in nats."""
+    with reader as rows, parts.vitals as vitals:
+        measures = Measures(stage, parts.groups, parts.wrapped, rows.held_out, vitals.evaluation)
 
         def after_step(place: Position) -> str | None:
             # before the save: a stage that has been saved to its end is not measured again
             measures.after_step(place.step)
-            return saves.after_step(place)
+            return parts.saves.after_step(place)
 
         trainer = Trainer(
             config=stage.config.training,
             schedule=stage.config.schedule,
-            groups=groups,
-            chunks=chunks,
-            wrapped=wrapped,
-            optimizer=optimizer,
+            groups=parts.groups,
+            chunks=parts.chunks,
+            wrapped=parts.wrapped,
+            optimizer=parts.optimizer,
             rows=rows,
             reporter=vitals,
             accepts=vitals.judge.accepts,
             after_step=after_step,
-            position=position,
+            position=parts.position,
             first=stage.first,
         )
         held_out = trainer.run()
         if held_out is None and trainer.ended_early is None:
             held_out = trainer.evaluate()
-    return _end_stage(config, stage, trainer, report, held_out, is_last=is_last)
+    return trainer, held_out
 
 
 def _build(stage: Stage, groups: Groups) -> tuple[list[HybridModel], list[Any], Optimizer]:
@@ -193,7 +218,7 @@ def _load(
 def _end_stage(
     config: RunConfig,
     stage: Stage,
-    trainer: Trainer,
+    trainer: Trainer | PolicyTrainer,
     report: _Report,
     held_out: float | None,
     *,
@@ -211,7 +236,7 @@ def _end_stage(
     return goes_on
 
 
-def _write_outcome(config: RunConfig, trainer: Trainer, *, finished: bool) -> None:
+def _write_outcome(config: RunConfig, trainer: Trainer | PolicyTrainer, *, finished: bool) -> None:
     """Leave one line for the batch script, which cannot tell an early end from the end by an exit code."""
     step = trainer.position.step
     text = f"finished at step {step}" if finished else f"stopped after step {step}: {trainer.ended_early}"
@@ -362,7 +387,11 @@ class _Report:
 
 
 def _say_result(
-    config: RunConfig, groups: Groups, trainer: Trainer, report: _Report, held_out: float | None
+    config: RunConfig,
+    groups: Groups,
+    trainer: Trainer | PolicyTrainer,
+    report: _Report,
+    held_out: float | None,
 ) -> None:
     """What a user wants to see at the end: loss against the unigram entropy, a sample, where things are."""
     unigram = _unigram_entropy(config.data)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -44,6 +45,8 @@ class Saves:
     def __init__(self, stage: Stage, run_file: str, groups: Groups, parts: SavedParts) -> None:
         self._stage, self._config, self._run_file = stage, stage.config, run_file
         self._parts = parts
+        self.also: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]] = lambda: ({}, {})
+        """What the stage stores besides: JSON values and arrays, the same on every rank; collective."""
         self._begun_s: float | None = None
 
         def largest(number: int) -> int:
@@ -73,14 +76,15 @@ class Saves:
         parts = self._parts
         for action in parts.before_save:
             action()
-        about = {
+        further, arrays = self.also()
+        about = further | {
             "data": data_of(self._stage),
             "mlflow_run_id": parts.mlflow_run_id(),
             "run_file": self._run_file,
             "losses": parts.losses(),
         }
         self._begun_s = time.monotonic()
-        save_state(parts.store, place, parts.chunks, parts.optimizer, about)
+        save_state(parts.store, place, parts.chunks, parts.optimizer, about, arrays)
 
     def _note(self, published: int | None) -> None:
         if published is not None and self._begun_s is not None:

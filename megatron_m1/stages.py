@@ -3,7 +3,8 @@
 A run without `stages` is one stage. Otherwise every stage is the run file with its own sections laid over it: longer
 rows, another rotary base, another layout, its own schedule. Steps, samples and tokens count through the whole run, so
 its data is one sequence in which each document comes as often as it should; batch ramp and learning rate begin anew
-with each stage. Everything here is a function of the run file alone, so that a killed run finds its place again.
+with each stage. A stage of kind `rl` reads no rows: samples and tokens of the data stand still in it. Everything here
+is a function of the run file alone, so that a killed run finds its place again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1.config import RunConfig
@@ -40,6 +42,8 @@ class Stage:
     """Where it begins."""
     last: Position
     """Where it ends."""
+    kind: Literal["train", "rl"] = "train"
+    """Whether it learns from rows of the data or from its own samples."""
 
 
 def stages_of(config: RunConfig) -> list[Stage]:
@@ -70,40 +74,45 @@ def stages_of(config: RunConfig) -> list[Stage]:
             f"data.stages has {len(config.data.stages)} entries and the run has {len(config.stages)} stages: only one "
             "of the two says how the mix changes; move each mix into its stage as stages.N.mix"
         )
-    sections = []
-    for index, (stage, part) in enumerate(zip(config.stages, configs, strict=True)):
-        mix = stage.mix or StageConfig()
-        # the last one is open, so that a run may be continued with more steps; a late part needs an end
-        is_open = index == len(configs) - 1 and not mix.late_shares
-        sections.append(dataclasses.replace(mix, tokens=0 if is_open else _length(part).consumed_tokens))
-    data = dataclasses.replace(config.data, stages=tuple(sections))
-    lengths = tuple(part.training.sequence_length for part in configs)
+    data, lengths = _data_of_run(config, configs)
     found: list[Stage] = []
     for index, (stage, part) in enumerate(zip(config.stages, configs, strict=True)):
         first = found[-1].last if found else Position()
-        found.append(_stage(index, stage.name, part, data, lengths, first))
+        own = Position(step=part.training.steps) if stage.kind == "rl" else _length(part)
+        found.append(
+            Stage(
+                index=index,
+                name=stage.name,
+                config=part,
+                data=data,
+                sequence_lengths=lengths,
+                # a stage of kind rl is the last one: all mixes have begun before it
+                num_mixes=min(index + 1, len(lengths)),
+                first=first,
+                last=Position(
+                    first.step + own.step,
+                    first.consumed_samples + own.consumed_samples,
+                    first.consumed_tokens + own.consumed_tokens,
+                ),
+                kind=stage.kind,
+            )
+        )
     return found
 
 
-def _stage(
-    index: int, name: str, config: RunConfig, data: DataConfig, lengths: Sequence[int], first: Position
-) -> Stage:
-    own = _length(config)
-    last = Position(
-        first.step + own.step,
-        first.consumed_samples + own.consumed_samples,
-        first.consumed_tokens + own.consumed_tokens,
-    )
-    return Stage(
-        index=index,
-        name=name,
-        config=config,
-        data=data,
-        sequence_lengths=tuple(lengths),
-        num_mixes=index + 1,
-        first=first,
-        last=last,
-    )
+def _data_of_run(config: RunConfig, configs: Sequence[RunConfig]) -> tuple[DataConfig, tuple[int, ...]]:
+    """The data with the mix of every stage that reads rows, and their tokens per row."""
+    readers = [
+        (stage, part) for stage, part in zip(config.stages, configs, strict=True) if stage.kind == "train"
+    ]
+    sections = []
+    for index, (stage, part) in enumerate(readers):
+        mix = stage.mix or StageConfig()
+        # the last one is open, so that a run may be continued with more steps; a late part needs an end
+        is_open = index == len(readers) - 1 and not mix.late_shares
+        sections.append(dataclasses.replace(mix, tokens=0 if is_open else _length(part).consumed_tokens))
+    data = dataclasses.replace(config.data, stages=tuple(sections))
+    return data, tuple(part.training.sequence_length for _, part in readers)
 
 
 def _length(config: RunConfig) -> Position:
@@ -120,6 +129,18 @@ def _check_order(config: RunConfig, configs: Sequence[RunConfig]) -> None:
     names = [stage.name for stage in config.stages]
     if len(set(names)) < len(names):
         raise ValueError(f"stages are named {names}: every name stands once; rename one of them")
+    kinds = [stage.kind for stage in config.stages]
+    if "rl" in kinds[:-1] or kinds == ["rl"]:
+        raise ValueError(
+            f"stages {names} are of kinds {kinds}: only the last of two or more may be of kind 'rl', since it goes on "
+            "from trained weights; move it to the end, behind a stage of kind 'train'"
+        )
+    for stage in config.stages:
+        if stage.kind == "rl" and stage.mix is not None:
+            raise ValueError(
+                f"stage {stage.name!r} is of kind 'rl' and has a mix: it reads no rows; remove mix, and weigh its "
+                "prompts by rl.curriculum"
+            )
     for before, after, name in zip(configs, configs[1:], names[1:], strict=False):
         for field in dataclasses.fields(ModelConfig):
             old, new = getattr(before.model, field.name), getattr(after.model, field.name)

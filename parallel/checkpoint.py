@@ -265,6 +265,15 @@ class CheckpointStore:
         state = self._agreement.everywhere(lambda: stored_tensors.read_tensors(template, path, table))
         return state, found.extra
 
+    def about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds as JSON, without its tensors.
+
+        Raises:
+            CheckpointError: not complete.
+        """
+        path = disk.step_path(self.directory, step)
+        return self._agreement.everywhere(lambda: disk.read_manifest(path)).extra
+
     def entries(self) -> list[Entry]:
         """Every checkpoint by ascending step, complete or not. Local."""
         return disk.list_checkpoints(self.directory)

@@ -94,3 +94,49 @@ def test_an_unknown_key_of_a_stage_is_refused_with_the_nearest_name(load) -> Non
         ValueError, match=r"unknown key 'stages.1.training.step': did you mean 'stages.1.training.steps'"
     ):
         load(text=RUN.replace("training: {steps: 4", "training: {step: 4"))
+
+
+POLICY = """
+  - name: policy
+    kind: rl
+    model: {rotary_base: 40000.0}
+    layout: {tp: 1, pp: 2, ep: 1}
+    training: {steps: 8, sequence_length: 128}
+    schedule: {batch_ramp: [{from_tokens: 0, global_batch_tokens: 1024}]}
+rl:
+  window: {stages_tokens: [64, 128]}
+  sources: [{name: sums, kind: synthetic, task: arithmetic}]
+"""
+
+
+def test_a_stage_of_kind_rl_counts_steps_and_leaves_the_data_where_it_is(load) -> None:
+    short, long, policy = stages_of(load(text=RUN + POLICY))
+    assert policy.kind == "rl" and short.kind == long.kind == "train"
+    assert policy.last == Position(18, long.last.consumed_samples, long.last.consumed_tokens)
+    # the data is that of the stages that read it, and all of its mixes have begun
+    assert policy.data == long.data and policy.sequence_lengths == (128, 256)
+    assert (long.num_mixes, policy.num_mixes) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.1.kind=rl", "only the last of two or more may be of kind 'rl'"),
+        ("stages.2.mix={}", "stage 'policy' is of kind 'rl' and has a mix"),
+        ("stages.2.rl.sources=[]", "rl.sources is empty: it needs 1 source"),
+        ("stages.2.rl.rollout.slots=7", "rl.rollout.slots=7 is not a multiple of layout.pp=2"),
+        ("stages.2.rl.window.stages_tokens=[64, 129]", "ends with 129 and training.sequence_length=128"),
+        ("stages.2.rl.groups_per_batch=8", "rl.groups_per_batch=8 is less than rl.updates_per_batch=16"),
+        ("stages.2.rl.group_size=1", "rl.group_size=1 gives no advantage"),
+        ("stages.2.rl.loss.ratio_low=1.5", r"exclude the ratio 1"),
+        ("stages.2.rl.loss.kl_coefficient=0.1", "needs a reference model"),
+        (
+            "stages.2.rl.curriculum.points=[{weights: {sum: 1.0}}]",
+            r"names \['sum'\]: the sources are \['sums'\]",
+        ),
+        ("rl.grup_size=4", "did you mean 'rl.group_size'"),
+    ],
+)
+def test_a_stage_of_kind_rl_that_cannot_be_is_refused(load, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stages_of(load(override, text=RUN + POLICY))

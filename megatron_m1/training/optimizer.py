@@ -163,6 +163,11 @@ class Optimizer:
                     use_decoupled_grad=options.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
 
+    def set_grad_clip(self, grad_clip: float) -> None:
+        """Clip longer gradients to this norm from now on; 0 is off."""
+        for part in self._chained.chained_optimizers:
+            part.config.clip_grad = grad_clip
+
     def zero_grad(self) -> None:
         """Drop the optimizer's gradients; the chunks' gradient buffers are theirs (`zero_grad_buffer`)."""
         self._chained.zero_grad()

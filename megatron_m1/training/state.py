@@ -8,12 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.training.optimizer import Optimizer
@@ -38,11 +40,24 @@ def save_state(
     chunks: Sequence[HybridModel],
     optimizer: Optimizer,
     extra: dict[str, Any],
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Start a checkpoint of the whole state; collective. `extra` is kept beside it as JSON."""
+    """Start a checkpoint of the whole state; collective.
+
+    Args:
+        store: where to.
+        position: how far the run has come.
+        chunks: this rank's model chunks.
+        optimizer: of them.
+        extra: kept beside the state as JSON.
+        arrays: by name, further numbers that are the same on every rank; empty ones are left out.
+    """
     weights = _weights(chunks)
-    state = {"weights": weights, "optimizer": optimizer.sharded_state(weights)}
-    store.save(position.step, state, extra | {"position": asdict(position), "random": random_state()})
+    given = {name: torch.from_numpy(array) for name, array in (arrays or {}).items() if array.size}
+    state = {"weights": weights, "optimizer": optimizer.sharded_state(weights), "arrays": _shared(given)}
+    about = {name: [str(tensor.dtype)[6:], list(tensor.shape)] for name, tensor in given.items()}
+    extra = extra | {"position": asdict(position), "random": random_state(), "arrays": about}
+    store.save(position.step, state, extra)
 
 
 def load_state(
@@ -51,13 +66,20 @@ def load_state(
     """Load a checkpoint saved under any layout into this one; collective.
 
     Returns:
-        The position, and what `save_state` was given as `extra`.
+        The position, and what `save_state` was given as `extra`, with its arrays under "arrays".
 
     Raises:
         CheckpointError: damaged or of another model; nothing in this process has been trained on then.
     """
     weights = _weights(chunks)
-    template = {"weights": weights, "optimizer": optimizer.sharded_template(weights)}
+    # checkpoints of versions without arrays have no such entry
+    about = store.about(step).get("arrays", {})
+    empty = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in about.items()}
+    template = {
+        "weights": weights,
+        "optimizer": optimizer.sharded_template(weights),
+        "arrays": _shared(empty),
+    }
     state, extra = store.load(step, template)
     with torch.no_grad():
         for index, chunk in enumerate(chunks):
@@ -66,11 +88,20 @@ def load_state(
                 parameters[name].copy_(value)
     optimizer.load_sharded_state(state["optimizer"])
     set_random_state(extra.pop("random"))
+    extra["arrays"] = {name: state["arrays"][name].numpy() for name in about}
     return Position(**extra.pop("position")), extra
 
 
 def _weights(chunks: Sequence[HybridModel]) -> dict[str, Any]:
     return {str(index): chunk.logical_tensors() for index, chunk in enumerate(chunks)}
+
+
+def _shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, ShardedTensor]:
+    """Tensors that every rank holds whole, as sharded ones that rank 0 writes."""
+    return {
+        name: ShardedTensor.from_rank_offsets(f"array.{name}", tensor, replica_id=dist.get_rank())
+        for name, tensor in tensors.items()
+    }
 
 
 def random_state() -> dict[str, str]:

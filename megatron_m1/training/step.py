@@ -8,8 +8,9 @@ Legend: T tokens of a microbatch, L layers, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,18 @@ from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.training.batch import Microbatch
 from parallel.groups import Groups
 
+Objective = Callable[[Any, torch.Tensor], torch.Tensor]
+"""(microbatch, next-token losses in nats [T]) -> this microbatch's share of the loss: a sum that nothing divides
+again. Called on the last pipeline stage only."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step measured, the same on every rank."""
 
     loss_nats: float
-    """Mean next-token loss over the loss tokens of the global batch, without the auxiliary loss."""
+    """Mean next-token loss over the loss tokens of the global batch, or the sum of the objective's shares; without the
+    auxiliary loss."""
     loss_tokens: int
     """Tokens that counted."""
     auxiliary_loss: float
@@ -82,6 +88,7 @@ def run_microbatches(
     *,
     forward_only: bool = False,
     reduce_everywhere: bool = False,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Run all microbatches of a step; afterwards each rank holds its share of the reduced gradients.
 
@@ -91,12 +98,13 @@ def run_microbatches(
         groups: process groups.
         forward_only: evaluate, with no gradients.
         reduce_everywhere: leave whole reduced gradients on every rank, not the optimizer's shards.
+        objective: what is minimised; None: the mean next-token loss over the loss tokens.
     """
     loss_tokens = count_loss_tokens(microbatches, groups)
     for chunk in chunks:
         chunk.train(not forward_only)
     losses = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward, max(1, loss_tokens)),
+        forward_step_func=functools.partial(_forward, objective or _MeanLoss(max(1, loss_tokens))),
         data_iterator=[iter(microbatches) for _ in chunks] if len(chunks) > 1 else iter(microbatches),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(microbatches),
@@ -110,20 +118,30 @@ def run_microbatches(
 
 
 def _forward(
-    loss_tokens: int, microbatches: Iterator[Microbatch], chunk: DistributedDataParallel
+    objective: Objective, microbatches: Iterator[Microbatch], chunk: DistributedDataParallel
 ) -> tuple[torch.Tensor, functools.partial]:
     """megatron-core's forward step: a chunk's output, and how its losses become a number."""
     microbatch = next(microbatches)
     output = chunk(microbatch.tokens_T, microbatch.packed, microbatch.labels_T)
-    return output, functools.partial(_mean_loss, microbatch.loss_mask_T, loss_tokens)
+    return output, functools.partial(_share, objective, microbatch)
 
 
-def _mean_loss(
-    loss_mask_T: torch.Tensor, loss_tokens: int, losses_T: torch.Tensor
+def _share(
+    objective: Objective, microbatch: Microbatch, losses_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This microbatch's share of the mean; the count beside it is megatron-core's, and nothing divides by it."""
-    share = (losses_T.float() * loss_mask_T).sum() / loss_tokens
+    """This microbatch's share of the loss; the count beside it is megatron-core's, and nothing divides by it."""
+    share = objective(microbatch, losses_T.float())
     return share, torch.ones((), dtype=torch.int), share.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class _MeanLoss:
+    """The mean next-token loss."""
+
+    loss_tokens: int
+
+    def __call__(self, microbatch: Microbatch, losses_T: torch.Tensor) -> torch.Tensor:
+        return (losses_T * microbatch.loss_mask_T).sum() / self.loss_tokens
 
 
 def _finalize(

@@ -79,23 +79,8 @@ class Scorer:
         return result
 
     def check(self, scores: Sequence[Score]) -> dict[str, int]:
-        """Failures of a batch by kind, for the step's metrics.
-
-        Raises:
-            RuntimeError: more failed than the configuration bears.
-        """
-        failures = count_failures(scores)
-        num_failed = sum(failures.values())
-        if num_failed > self._config.most_failed_share * len(scores):
-            note = next(score.note for score in scores if score.failure is not None)
-            raise RuntimeError(
-                f"{num_failed} of {len(scores)} samples have no reward ({failures}), for example: {note}; "
-                "allowed is a share "
-                f"of {self._config.most_failed_share}: repair the reward or its judge and resume from the "
-                "checkpoint, or "
-                "raise rl.scoring.most_failed_share"
-            )
-        return failures
+        """`check_failures` by this scorer's configuration."""
+        return check_failures(scores, self._config)
 
     def _score(self, prompt: Prompt, sample: Sample, verdict: Verdict, window_tokens: int) -> Score:
         if verdict.value is None:
@@ -111,3 +96,21 @@ class Scorer:
             )
             parts["format"] = config.format_weight * formed
         return Score(value=sum(parts.values()), task_value=verdict.value, parts=parts, note=verdict.note)
+
+
+def check_failures(scores: Sequence[Score], config: ScoringConfig) -> dict[str, int]:
+    """Failures of a batch by kind, for the step's metrics.
+
+    Raises:
+        RuntimeError: more failed than the configuration bears.
+    """
+    failures = count_failures(scores)
+    num_failed = sum(failures.values())
+    if num_failed > config.most_failed_share * len(scores):
+        note = next(score.note for score in scores if score.failure is not None)
+        raise RuntimeError(
+            f"{num_failed} of {len(scores)} samples have no reward ({failures}), for example: {note}; "
+            f"allowed is a share of {config.most_failed_share}: repair the reward or its judge and resume from the "
+            "checkpoint, or raise rl.scoring.most_failed_share"
+        )
+    return failures

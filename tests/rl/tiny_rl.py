@@ -1,0 +1,66 @@
+"""The smallest run that ends in reinforcement learning: a tokenizer of its own, a warm start, and copying words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_pipeline.synthetic import make_problem
+from data_pipeline.tokenize import train_byte_level_bpe
+
+VOCAB = 384
+
+_RUN = """\
+name: tiny-rl
+run_dir: {run_dir}
+model:
+  {{num_layers: 4, softmax_every: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 4, head_dim: 8, rotary_dim: 4,
+    num_experts: 4, ffn_size: 32, vocab_size: {vocab}}}
+data:
+  sources: [{{name: copy, kind: synthetic, task: copy, length_tokens: 16}}]
+  held_out: [{{name: copy, kind: synthetic, task: copy, length_tokens: 16}}]
+  tokenizer_path: {tokenizer}
+  front: thread
+training: {{steps: {warm_steps}, sequence_length: 64, micro_batch_size: 1, precision: fp32, evaluation_rows: 4}}
+schedule: {{peak_learning_rate: 3.0e-3, batch_ramp: [{{from_tokens: 0, global_batch_tokens: 256}}]}}
+optimizer: {{epsilon: 1.0e-15}}
+checkpoint: {{every_steps: 1, keep: 3}}
+tracking: {{enabled: false}}
+rl:
+  sources:
+    - {{name: copy, kind: synthetic, task: copy, length_words: 1, count: 12}}
+    - {{name: sums, kind: synthetic, task: arithmetic, length_words: 3, count: 8}}
+  group_size: 4
+  groups_per_batch: 4
+  updates_per_batch: 2
+  most_rounds: 2
+  rollout: {{slots: 8}}
+  window: {{stages_tokens: [44]}}
+  scoring: {{format_weight: 0.0, overlong: {{weight: 0.05, buffer_share: 0.9}}}}
+  pool: {{workers: 1}}
+  table_every_batches: 2
+stages:
+  - {{name: warm, layout: {{tp: 2}}}}
+  - name: policy
+    kind: rl
+    layout: {{tp: 1, pp: 2}}
+    training: {{steps: {rl_steps}}}
+    schedule: {{peak_learning_rate: 1.0e-3}}
+"""
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level BPE of the texts of the two tasks."""
+    texts = [make_problem(task, 0, number, 4).text for task in ("copy", "arithmetic") for number in range(50)]
+    train_byte_level_bpe(texts, VOCAB, path)
+
+
+def write_run_file(run_dir: Path, tokenizer: Path, *, warm_steps: int = 3, rl_steps: int = 6) -> Path:
+    """A run file beside the run directory."""
+    path = run_dir.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        _RUN.format(
+            run_dir=run_dir, vocab=VOCAB, tokenizer=tokenizer, warm_steps=warm_steps, rl_steps=rl_steps
+        )
+    )
+    return path
