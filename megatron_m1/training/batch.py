@@ -21,7 +21,7 @@ class Row(Protocol):
 
     A row of generated text may also have `experts_SLk`, integers [S, L, k]: the experts that the routers took when the
     text was generated, all layers of the model, -1 for tokens without a record. The record of a
-    sample (`rl.sample.Sample.experts_WLk`) goes to the positions of its inputs: prompt and answer without the last token.
+    sample (`experts_WLk` there) goes to the positions of its inputs: prompt and answer without the last token.
     """
 
     @property
