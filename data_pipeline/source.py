@@ -59,7 +59,7 @@ class SourceConfig:
     """`split`: documents are cut at row borders, nothing is padded. `greedy`, `best_fit`: documents stay whole.
     Without one, shards are split and chats are packed by best fit."""
     too_long: TooLong = "split"
-    """For whole documents longer than a row: cut into rows, or skipped in this stage."""
+    """For whole documents longer than a row: cut into rows, skipped in this stage, or a run that does not start."""
     task: str = ""
     """For `synthetic`: a task of `data_pipeline/synthetic.py`, as needles or key_value."""
     length_tokens: int = 0

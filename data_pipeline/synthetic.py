@@ -109,9 +109,29 @@ def needles(random: Random, length_words: int) -> tuple[str, list[str]]:
     numbers = distinct_numbers(random, NUM_NEEDLES)
     facts = [f"The code of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
     order = shuffled(random, range(NUM_NEEDLES))
-    asked = ", ".join(cities[place] for place in order)
-    question = f"What are the codes of {asked}, in this order?\nAnswer:"
-    return f"{hidden(random, facts, length_words)}\n{question}", [numbers[place] for place in order]
+    text = hidden(random, facts, length_words)
+    return _asked([text], [cities[place] for place in order]), [numbers[place] for place in order]
+
+
+def spread_needles(random: Random, length_words: int, count: int) -> tuple[str, list[str], list[int]]:
+    """The task `needles` with its facts at even depths, the first at the beginning and the last at the end.
+
+    Returns:
+        The prompt, the numbers in the order of the question, and of each the place of its fact in the text, from 0.
+    """
+    cities = shuffled(random, CITIES)[:count]
+    numbers = distinct_numbers(random, count)
+    facts = [f"The code of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
+    sentences = filler(random, length_words - sum(len(fact.split()) for fact in facts))
+    num_sentences = len(sentences)
+    for place in reversed(range(count)):
+        sentences.insert(round(place / max(1, count - 1) * num_sentences), facts[place])
+    order = shuffled(random, range(count))
+    return _asked(sentences, [cities[place] for place in order]), [numbers[place] for place in order], order
+
+
+def _asked(sentences: Sequence[str], cities: Sequence[str]) -> str:
+    return f"{' '.join(sentences)}\nWhat are the codes of {', '.join(cities)}, in this order?\nAnswer:"
 
 
 def multi_hop(random: Random, length_words: int) -> tuple[str, list[str]]:

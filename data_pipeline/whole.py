@@ -22,7 +22,7 @@ from data_pipeline.pack import PackedSample, RowBuilder
 from data_pipeline.permute import KeyedPermutation, derive_key
 
 Packing = Literal["split", "greedy", "best_fit"]
-TooLong = Literal["split", "skip"]
+TooLong = Literal["split", "skip", "refuse"]
 MAX_DOCUMENTS = 2**24
 
 
@@ -192,9 +192,16 @@ class WholeDocuments:
 
     def _plan(self, pieces: Pieces, sequence_length: int, *names: int | str) -> tuple[Plan, Pieces]:
         """The plan of pieces, and those that the stage leaves out because they are too long."""
-        skipped = np.zeros(len(pieces), bool)
-        if self._rule.too_long == "skip":
-            skipped = pieces.counts_N > sequence_length
+        is_longer = pieces.counts_N > sequence_length
+        if self._rule.too_long == "refuse" and is_longer.any():
+            longest = int(pieces.counts_N.max())
+            raise ValueError(
+                f"shard '{self.shard.prefix}' has {int(is_longer.sum())} documents of more than {sequence_length} "
+                f"tokens, the longest has {longest}, and too_long is 'refuse': a document fits into a row; set "
+                f"training.sequence_length={-(-longest // self.multiple) * self.multiple} or more, or choose 'split' "
+                "or 'skip'"
+            )
+        skipped = is_longer if self._rule.too_long == "skip" else np.zeros(len(pieces), bool)
         chosen = pieces[~skipped].cut(sequence_length)
         key = derive_key(self.key, "plan", *names)
         return make_plan(chosen, sequence_length, self.multiple, self._rule.packing, key), pieces[skipped]

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1 import runfile
 from megatron_m1.longcontext.evaluate import LongContextConfig
+from megatron_m1.longcontext.jump import LengthJumpConfig
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.rl.config import RLConfig
 from megatron_m1.training.health import HealthConfig
@@ -87,6 +88,8 @@ class RunConfig(BaseModel):
     """What is measured of how the model uses its context."""
     rl: RLConfig = Field(default_factory=RLConfig)
     """What stages of kind `rl` do."""
+    length_jump: LengthJumpConfig = Field(default_factory=LengthJumpConfig)
+    """When gradients count as exploded behind a jump to longer rows, and what the run does then."""
     stages: tuple[StageOverrides, ...] = ()
     """Parts of the run, one after the other, each with its own values in some sections; none: one stage."""
 

@@ -35,6 +35,8 @@ class SavedParts:
     mlflow_run_id: Callable[[], str | None]
     losses: Callable[[], list[float]]
     """The window that loss spikes are measured against."""
+    gradient_norms: Callable[[], dict[str, Any]]
+    """What an explosion behind a length jump is measured against."""
     watchdog: Watchdog
     """Does not watch while a save is waited for; that has a limit of its own."""
 
@@ -82,6 +84,7 @@ class Saves:
             "mlflow_run_id": parts.mlflow_run_id(),
             "run_file": self._run_file,
             "losses": parts.losses(),
+            "gradient_norms": parts.gradient_norms(),
         }
         self._begun_s = time.monotonic()
         save_state(parts.store, place, parts.chunks, parts.optimizer, about, arrays)

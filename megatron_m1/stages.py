@@ -17,7 +17,7 @@ from typing import Literal
 from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1.config import RunConfig
 from megatron_m1.model.config import ModelConfig
-from megatron_m1.training.schedule import global_batch_samples
+from megatron_m1.training.schedule import global_batch_samples, tokens_after_steps
 from megatron_m1.training.state import Position
 
 FREE_TO_CHANGE = ("rotary_base", "auxiliary_coefficient", "capacity_factor", "experts")
@@ -161,9 +161,21 @@ def _check_order(config: RunConfig, configs: Sequence[RunConfig]) -> None:
                 f"{before.training.precision}: weights are stored as they are trained; set one precision for all stages"
             )
     for part, name in zip(configs, names, strict=True):
-        if part.training.steps <= part.schedule.warmup_steps:
-            raise ValueError(
-                f"stage {name!r} has training.steps={part.training.steps} and "
-                f"schedule.warmup_steps={part.schedule.warmup_steps}: a stage is longer than its warm-up; take at "
-                f"least {part.schedule.warmup_steps + 1} steps, or a warm-up of at most {part.training.steps - 1}"
-            )
+        _check_warmup(part, name)
+
+
+def _check_warmup(config: RunConfig, name: str) -> None:
+    """Raises: ValueError for a stage that ends before its warm-up does."""
+    steps, schedule = config.training.steps, config.schedule
+    if steps <= schedule.warmup_steps:
+        raise ValueError(
+            f"stage {name!r} has training.steps={steps} and schedule.warmup_steps={schedule.warmup_steps}: a stage is "
+            f"longer than its warm-up; take at least {schedule.warmup_steps + 1} steps, or a warm-up of at most "
+            f"{steps - 1}"
+        )
+    tokens = tokens_after_steps(schedule, steps)
+    if schedule.warmup_tokens and tokens <= schedule.warmup_tokens:
+        raise ValueError(
+            f"stage {name!r} has {tokens} tokens and schedule.warmup_tokens={schedule.warmup_tokens}: a stage is "
+            f"longer than its warm-up; take more training.steps, or a warm-up of at most {tokens - 1} tokens"
+        )

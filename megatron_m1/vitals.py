@@ -59,6 +59,8 @@ class Vitals:
         if health.prometheus_port and rank == 0:
             self._endpoint = MetricsEndpoint(health.prometheus_port, {"run": config.name})
         self._surveyed: dict[str, float] = {}
+        self.newest: StepMetrics
+        """Of the last step; there once a step was taken."""
         self._stack = ExitStack()
 
     def step(self, metrics: StepMetrics) -> None:
@@ -70,6 +72,7 @@ class Vitals:
             values = {"step": metrics.step, "refused_steps": self.judge.refused_steps}
             self._endpoint.update(metrics.values() | values)
         self._reporter.step(metrics)
+        self.newest = metrics
         if metrics.step % _SURVEY_EVERY_STEPS == 0:
             self._surveyed = self._survey()
 

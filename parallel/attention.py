@@ -116,6 +116,26 @@ def attend_backward(
     return dq_ThK, dk_SgK, dv_SgK
 
 
+def merge_keys(
+    o_ThK: torch.Tensor, lse_Th: torch.Tensor, o_part: torch.Tensor, lse_part: torch.Tensor
+) -> None:
+    """Make the attention of some queries that to more keys, in place.
+
+        lse = log(exp(lse_1) + exp(lse_2)),   o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2
+
+    Args:
+        o_ThK: output over the keys so far [T, h, K], in lse's dtype; becomes that over both.
+        lse_Th: its log-sum-exp [T, h]; likewise.
+        o_part: output of the same queries over other keys, in any dtype.
+        lse_part: its log-sum-exp.
+    """
+    total = torch.logaddexp(lse_Th, lse_part)
+    o_ThK.mul_((lse_Th - total).exp_()[..., None]).addcmul_(
+        o_part.to(o_ThK.dtype), (lse_part - total).exp_()[..., None]
+    )
+    lse_Th.copy_(total)
+
+
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -91,6 +91,8 @@ class CheckpointStore:
             CheckpointError: the directory cannot be created.
         """
         self.directory = Path(directory)
+        self.pinned_step: int | None = None
+        """Step whose checkpoint stays, however old it is: where a stage would go back to."""
         self._config = config
         self._groups = groups
         self._agreement = Agreement(groups.device, CheckpointError, self._text_of)
@@ -305,12 +307,12 @@ class CheckpointStore:
         return found
 
     def prune(self) -> list[int]:
-        """Delete all but the newest `keep` complete checkpoints; the deleted steps. Others are not touched."""
+        """Delete all complete checkpoints but the newest `keep` and the pinned one; the deleted steps."""
         return self._agreement.on_first_rank(self._prune) if self._config.keep else []
 
     def _prune(self) -> list[int]:
         complete = [entry.step for entry in self.entries() if entry.complete]
-        doomed = complete[: -self._config.keep]
+        doomed = [step for step in complete[: -self._config.keep] if step != self.pinned_step]
         for step in doomed:
             disk.remove(self.directory, step, secrets.token_hex(4))
         return doomed

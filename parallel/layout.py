@@ -182,9 +182,11 @@ class Layout:
         shares = self.token_shares
         if micro_batch * sequence_length % shares:
             chunks = "2*cp*tp" if self.cp > 1 and self.cp_split == "zigzag" else "cp*tp"
+            below = sequence_length // shares * shares
             raise ValueError(
                 f"sequence_length={sequence_length} x micro_batch_size={micro_batch} does not split over "
-                f"{chunks}={shares}: choose a sequence length that is a multiple of {shares}"
+                f"{chunks}={shares}: the nearest sequence lengths are {f'{below} and ' if below else ''}"
+                f"{below + shares}; choose one of them, or another layout.cp or layout.tp"
             )
         microbatches = global_batch // per_pass
         if self.vpp > 1 and microbatches % self.pp:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from parallel.attention import attend, attend_backward
+from parallel.attention import attend, attend_backward, merge_keys
 from parallel.layout import KeyExchange
 from parallel.ring_plan import RingPlan, Span
 
@@ -76,15 +76,14 @@ class _RingAttention(torch.autograd.Function):
         if plan.own or any(plan.hops):
             o = o.to(lse.dtype)
         for rectangle in plan.own:
-            keys = slice(*rectangle.keys)
-            _merge(o, lse, rectangle.queries, *attend(q[slice(*rectangle.queries)], k[keys], v[keys], None))
+            queries, keys = slice(*rectangle.queries), slice(*rectangle.keys)
+            merge_keys(o[queries], lse[queries], *attend(q[queries], k[keys], v[keys], None))
         for hop in range(1, plan.num_ranks):
             payload = journey.arrive(hop)
             for rectangle in plan.hops[hop]:
                 queries, keys = slice(*rectangle.queries), slice(*rectangle.keys)
-                _merge(
-                    o, lse, rectangle.queries, *attend(q[queries], payload[keys, 0], payload[keys, 1], None)
-                )
+                part = attend(q[queries], payload[keys, 0], payload[keys, 1], None)
+                merge_keys(o[queries], lse[queries], *part)
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.plan, ctx.how = plan, how
@@ -119,18 +118,6 @@ class _RingAttention(torch.autograd.Function):
             journey.give_back(hop, dpayload)
         _add_home(journey.home(), dk, dv, plan)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _merge(
-    o_ThK: torch.Tensor, lse_Th: torch.Tensor, queries: Span, o_part: torch.Tensor, lse_part: torch.Tensor
-) -> None:
-    """Merge a part into the output and log-sum-exp of a span of queries, in place."""
-    o, before = o_ThK[slice(*queries)], lse_Th[slice(*queries)]
-    total = torch.logaddexp(before, lse_part)
-    o.mul_((before - total).exp_()[..., None]).addcmul_(
-        o_part.to(o.dtype), (lse_part - total).exp_()[..., None]
-    )
-    before.copy_(total)
 
 
 def _pack(k: torch.Tensor, v: torch.Tensor, plan: RingPlan) -> torch.Tensor:

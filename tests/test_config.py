@@ -12,6 +12,8 @@ import pytest
 from megatron_m1 import config as run_file
 from megatron_m1.config import dump_run, explain, load_run, preset_names
 
+PRESETS = ["long-tiny", "m1-456b", "m1-456b-extend-01", "m1-456b-extend-m1", "small", "tiny"]
+
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
     path = folder / name
@@ -27,12 +29,12 @@ def refusal(name_or_path, *overrides: str) -> str:
 
 
 def test_the_presets_are_those_of_the_readme():
-    assert preset_names() == ["long-tiny", "m1-456b", "small", "tiny"]
+    assert preset_names() == PRESETS
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in readme for name in preset_names())
 
 
-@pytest.mark.parametrize("name", ["long-tiny", "m1-456b", "small", "tiny"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_legal_and_carries_its_name(name):
     config = load_run(name)
     assert config.name == name
@@ -132,7 +134,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_path(tmp_path):
 def test_an_unknown_run_is_refused_with_the_presets():
     message = refusal("tiiny")
     assert "did you mean 'tiny'" in message
-    assert "m1-456b, small, tiny" in message
+    assert ", ".join(PRESETS) in message
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ def test_a_resolved_run_file_reads_back(load, tmp_path: Path) -> None:
         ("stages.1.model.rotary_base=5000.0", "rotary_base=5000 after 10000.*keep 10000 or raise it"),
         ("stages.1.training.precision=bf16", "set one precision for all stages"),
         ("stages.1.training.steps=2", "stage 'long' has training.steps=2.*take at least 3 steps"),
+        (
+            "stages.1.schedule={warmup_steps: 0, warmup_tokens: 8192}",
+            "stage 'long' has 8192 tokens and schedule.warmup_tokens=8192.*at most 8191 tokens",
+        ),
         ("stages.1.name=short", r"stages are named \['short', 'short'\]"),
         ("stages.1.layout.cp=3", "stage 'long': .*"),
         ("stages.7.training.steps=5", "stages.7 is not there: stages has members 0 to 1"),

@@ -140,7 +140,8 @@ def extending(cache: SequenceCache, slots_N: list[int], lengths_N: list[int], nu
         if cache.lengths[slot] + length > cache.window and slot != cache.scratch:
             raise ValueError(
                 f"slot {slot} holds {cache.lengths[slot]} tokens and is to grow by {length}: the window is "
-                f"{cache.window} tokens; end the sequence, or make the cache with a larger window"
+                f"{cache.window} tokens; end the sequence, or make the cache with a window of "
+                f"{cache.lengths[slot] + length} or more"
             )
     tokens = sum(lengths_N)
     packed = Packed.from_lengths(lengths_N, row_tokens=tokens, auxiliary_weight=0.0, device=cache.device)

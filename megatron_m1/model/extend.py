@@ -17,7 +17,7 @@ import torch
 from kernels_cuda.lightning.op import lightning_attention, lightning_decode
 from megatron_m1.model.cache import extension_of
 from megatron_m1.model.packed import Packed
-from parallel.attention import attend
+from parallel.attention import attend, merge_keys
 
 
 def extend_lightning(
@@ -71,7 +71,9 @@ def extend_softmax(
                 over_past = attend(
                     own[0][start:stop], keys[slot, : past[slot]], values[slot, : past[slot]], None
                 )
-                o_ThK[start:stop] = _merge((o_ThK[start:stop], lse_Th[start:stop]), over_past)
+                o = o_ThK[start:stop].to(lse_Th.dtype)
+                merge_keys(o, lse_Th[start:stop], *over_past)
+                o_ThK[start:stop] = o
         outputs.append(o_ThK)
     return torch.cat(outputs)
 
@@ -89,10 +91,3 @@ def _attend_one(
         enable_gqa=True,
     )
     return o_nh1K.squeeze(2)
-
-
-def _merge(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Attention to two sets of keys together, from (o [T, h, K], lse [T, h]) of each."""
-    lse_Th = torch.logaddexp(a[1], b[1])
-    parts = [o.to(lse.dtype) * (lse - lse_Th).exp()[..., None] for o, lse in (a, b)]
-    return (parts[0] + parts[1]).to(a[0].dtype)

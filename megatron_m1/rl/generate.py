@@ -204,7 +204,7 @@ class Generator:
                 raise ValueError(
                     f"prompt {request.prompt.prompt_id} has {len(request.prompt.tokens_S)} tokens and {earlier} "
                     f"generated ones: a window of {self._config.window} tokens leaves no room for an answer; drop the "
-                    "prompt, or raise the window"
+                    f"prompt, or raise the window to {self._config.window + 1 - room} or more"
                 )
 
     def _any_busy(self, mine: _Replica) -> bool:

@@ -178,6 +178,16 @@ def write_refused(run_dir: Path, refused: Refused) -> None:
         stream.write(("\n" if stream.tell() else "") + json.dumps(record, allow_nan=False) + "\n")
 
 
+def forget_refused(run_dir: Path, after_step: int) -> None:
+    """Drop the refused steps behind a step, whose numbers will stand for other samples; may be repeated."""
+    path = run_dir / REFUSED_NAME
+    if path.is_file():
+        kept = [record for record in refused_steps(run_dir) if record["step"] <= after_step]
+        waiting = path.with_name(f"{REFUSED_NAME}.tmp")
+        waiting.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+        waiting.replace(path)
+
+
 def refused_steps(run_dir: Path) -> list[dict[str, Any]]:
     """Every refused step of a run, in the order of its lives."""
     path = run_dir / REFUSED_NAME

@@ -130,9 +130,13 @@ class MlflowRun:
         """Set or overwrite one tag."""
         self._client.set_tag(self._run_id, name, value[:_TAG_CHARACTERS])
 
-    def upload(self, file: Path) -> None:
-        """Store a file as an artifact of the run."""
-        self._client.log_artifact(self._run_id, str(file))
+    def check_answers(self) -> None:
+        """Raises: what the server or the network raises when the run cannot be had."""
+        self._active_run()
+
+    def upload(self, file: Path, folder: str | None = None) -> None:
+        """Store a file as an artifact of the run, in a folder of its artifacts."""
+        self._client.log_artifact(self._run_id, str(file), folder)
 
     def end(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Point = tuple[str, float, int, int]
 POINTS_PER_BATCH = 1000
+_FILE_ATTEMPTS = 3
 _TICK_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _NOT_METRICS = frozenset({"kind", "life", "step", "time_ms"})
@@ -39,6 +40,7 @@ class MlflowSink:
         self._is_open = False
         self._lives: list[Line] = []
         self._run_file_attempts_left = 3
+        self._file_attempts: dict[int, int] = {}
         self._rewritten_steps: tuple[int, int] | None = None
         self._num_refused = 0
         self._num_failures = 0
@@ -132,6 +134,12 @@ class MlflowSink:
                 end = (line.values["status"], line.end_offset) if is_end else None
                 offset = start if is_end else line.end_offset
                 continue
+            if line.values is not None and line.values["kind"] == "file":
+                # what stands before it is confirmed first, so that a repetition begins with the file
+                self._send_batch(run, batch, start)
+                batch, offset = [], line.end_offset
+                self._upload_file(run, line.values, start)
+                continue
             points = self._points(run, line, start)
             if batch and len(batch) + len(points) > POINTS_PER_BATCH:
                 self._send_batch(run, batch, offset)
@@ -197,6 +205,21 @@ class MlflowSink:
             first, last = self._rewritten_steps or (step, step)
             self._rewritten_steps = min(first, step), max(last, step)
         return False
+
+    def _upload_file(self, run: MlflowRun, values: Mapping[str, Any], start: int) -> None:
+        """A picture is a convenience: a server that cannot store it must not keep the metrics behind it waiting."""
+        file = self._record.parent / values["file"]
+        if self._is_void(values["step"], start) or not file.is_file():
+            return
+        if self._file_attempts.get(start, 0) == _FILE_ATTEMPTS:
+            logger.warning(
+                "%s is not stored in MLflow after %d attempts: it stays there", file, _FILE_ATTEMPTS
+            )
+            return
+        # only a server that answers, and yet cannot store, uses up the attempts
+        run.check_answers()
+        self._file_attempts[start] = self._file_attempts.get(start, 0) + 1
+        run.upload(file, Path(values["file"]).parent.as_posix())
 
     def _upload_run_file(self, run: MlflowRun) -> None:
         """The resolved run file is a convenience: after three failures the run goes on without it."""

@@ -12,7 +12,7 @@ fp32 ones, as ours do. Source: AdamW settings of MiniMax-01 (arXiv 2501.08313), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from parallel.groups import Groups
 from parallel.ownership import CutTensor, Exchange, assign_owners, ranges_of
@@ -110,18 +111,19 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
-    return Optimizer(chained, config)
+    return Optimizer(chained, config, groups.device)
 
 
 class Optimizer:
     """One AdamW over all chunks of this rank; its state is cut over the data parallel ranks."""
 
-    def __init__(self, chained: Any, config: OptimizerConfig) -> None:
+    def __init__(self, chained: Any, config: OptimizerConfig, device: torch.device) -> None:
         self._chained = chained
         for group in chained.param_groups:
             # upstream leaves wd_mult to its own scheduler, which we do not use
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         self._parts = [_StoredPart(part) for part in chained.chained_optimizers if not part.is_stub_optimizer]
+        self._device = device
         self.num_steps = 0
         """Updates done, also by the runs that this one was resumed from."""
 
@@ -144,6 +146,26 @@ class Optimizer:
             self._chained.step_with_ready_grads()
             self.num_steps += 1
         return float(grad_norm)
+
+    @torch.no_grad()
+    def squared_norms(self, part_of: Mapping[torch.nn.Parameter, int], num_parts: int) -> torch.Tensor:
+        """Squared gradient norms by part of the model, the sum being the square of the global one. Collective.
+
+        Args:
+            part_of: the part of every parameter of this rank's chunks, 0 to `num_parts` - 1.
+            num_parts: parts of the whole model.
+
+        Returns:
+            fp64 [parts] on the host, the same on every rank.
+        """
+        counted = [pair for part in self._parts for pair in part.gradients()]
+        squared = torch.zeros(num_parts, dtype=torch.float64, device=self._device)
+        if counted:
+            norms = torch.stack(torch._foreach_norm([gradient for _, gradient in counted]))
+            places = torch.tensor([part_of[parameter] for parameter, _ in counted], device=self._device)
+            squared.index_add_(0, places, norms.double().square())
+        dist.all_reduce(squared)
+        return squared.cpu()
 
     def _own_gradients_are_finite(self) -> bool:
         parts = [part for part in self._chained.chained_optimizers if not part.is_stub_optimizer]
@@ -224,6 +246,7 @@ class _StoredPart:
         # torch's AdamW has a step tensor per parameter; the fused ones of TE and apex have a number per group
         self._counts_per_parameter = isinstance(self._inner, torch.optim.Adam)
         self._mains = dict(_main_pieces(part))
+        self._tp_group = getattr(part, "tp_group", None)
         num_ranks = part.data_parallel_group.size()
         placed = [
             (parameter, _ranges_in_buffer(buffer, parameter, num_ranks))
@@ -260,6 +283,13 @@ class _StoredPart:
             return
         for main in self._mains.values():
             self._inner.state[main]["step"].fill_(num_steps)
+
+    def gradients(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Parameters and this rank's pieces of their gradients, each element once over all ranks, as megatron-core
+        counts them in the global norm."""
+        for parameter, main in self._mains.items():
+            if main.grad is not None and param_is_not_tensor_parallel_duplicate(main, self._tp_group):
+                yield parameter, main.grad
 
     def pieces(self) -> list[torch.Tensor]:
         """This rank's flat pieces of every slot, the live tensors; empty where it holds nothing."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 RECORD_FILE_NAME = "metrics.jsonl"
-Kind = Literal["life", "step", "evaluation", "end"]
+Kind = Literal["life", "step", "evaluation", "file", "end"]
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 _LIFE_PREFIX = b'{"kind": "life"'
 _TAIL_BYTES = 65536

@@ -139,6 +139,11 @@ class Tracking:
         """Record an evaluation made after `step` steps."""
         self._spool.append("evaluation", step, values)
 
+    def log_file(self, step: int, file: Path) -> None:
+        """Have a file of the run directory stored with the run, under the folder it lies in; it must not change."""
+        name = file.resolve().relative_to(self._spool.path.parent.resolve())
+        self._spool.append("file", step, {"file": name.as_posix()})
+
     def sync(self) -> None:
         """Put the record on the disk; part of every checkpoint."""
         self._spool.sync()

@@ -101,6 +101,17 @@ def test_documents_longer_than_a_row_can_be_left_to_a_later_stage(tmp_path):
     assert source.rows_left(64) == 0
 
 
+def test_a_document_longer_than_a_row_is_refused_with_the_row_it_needs(tmp_path):
+    shard = numbered_shard(tmp_path / "s", [5, 700, 12, 900])
+    rule = WholeRule(too_long="refuse")
+    source = WholeDocuments("s", shard, 1, rule, Selection(multiple=256))
+    with pytest.raises(
+        ValueError, match="has 1 documents of more than 768 tokens.*has 900.*sequence_length=1024 or"
+    ):
+        source.take(768, 1)
+    assert source.take(1024, 1)[0].document_lengths.sum() == 1024
+
+
 def test_a_stage_in_which_every_document_is_too_long_is_refused(tmp_path):
     shard = numbered_shard(tmp_path / "s", [40, 41])
     source = WholeDocuments("s", shard, 1, WholeRule(too_long="skip"))

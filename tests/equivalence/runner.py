@@ -1,4 +1,4 @@
-"""Runs a model on one layout and brings back its losses, gradients, weights and routing under logical names.
+"""Runs a model on one layout; brings back losses, gradients, their norms by part, weights and routing by logical name.
 
 Legend: S tokens per row, T tokens of a microbatch, E experts.
 """
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.hybrid import HybridModel, build_model
 from megatron_m1.training.batch import make_microbatch, sample_ids
+from megatron_m1.training.gradient_parts import GradientParts
 from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_m1.training.step import run_microbatches, wrap_for_gradients
 from parallel.groups import Groups, create_groups, destroy_groups
@@ -79,7 +80,19 @@ def _run_case(case: Case) -> dict[str, Any]:
     wrapped = wrap_for_gradients(chunks, groups, overlap=overlap)
     optimizer = build_optimizer(wrapped, OptimizerConfig(), groups)
     routing = _record_routing(chunks, case, groups)
-    result: dict[str, Any] = {"losses": [], "auxiliary": [], "norms": []}
+    parts = GradientParts(model, chunks, optimizer)
+    result: dict[str, Any] = {
+        "losses": [],
+        "auxiliary": [],
+        "norms": [],
+        "part_norms": [],
+        "parts": parts.names,
+    }
+
+    def accepts(_norm: float) -> bool:
+        result["part_norms"].append(parts.norms())
+        return True
+
     for step in range(STEPS):
         microbatches = [
             make_microbatch(
@@ -97,7 +110,7 @@ def _run_case(case: Case) -> dict[str, Any]:
             result["routing"] = dict(routing)
         result["losses"].append(measured.loss_nats)
         result["auxiliary"].append(measured.auxiliary_loss)
-        result["norms"].append(optimizer.step(LEARNING_RATE))
+        result["norms"].append(optimizer.step(LEARNING_RATE, accepts))
     result["weights"] = _pieces(chunks, lambda parameter: parameter.detach())
     destroy_groups()
     return result

@@ -43,6 +43,12 @@ def test_layout_equals_one_process(case: Case, results: dict[str, list[dict[str,
         np.testing.assert_allclose(rank["losses"], one["losses"], rtol=tolerances.LOSS)
         np.testing.assert_allclose(rank["auxiliary"], one["auxiliary"], rtol=tolerances.LOSS)
         np.testing.assert_allclose(rank["norms"], one["norms"], rtol=tolerances.GRADIENT_RMS)
+        assert rank["parts"] == one["parts"]
+        np.testing.assert_allclose(
+            rank["part_norms"], one["part_norms"], rtol=tolerances.GRADIENT_RMS, atol=1e-7
+        )
+        # the parts are all there is
+        np.testing.assert_allclose(np.linalg.norm(rank["part_norms"], axis=1), rank["norms"], rtol=1e-5)
     for what, tolerance in (("gradients", tolerances.GRADIENT_RMS), ("weights", tolerances.WEIGHT_RMS)):
         expected = assemble([one[what]], tolerance=0.0)
         actual = assemble([rank[what] for rank in ranks], tolerance=tolerance)

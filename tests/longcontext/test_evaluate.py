@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline.needle_rows import NeedleRows
-from data_pipeline.synthetic import make_problem
+from data_pipeline.synthetic import CITIES, make_problem
 from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
 from megatron_m1.longcontext import evaluate
-from megatron_m1.longcontext.pictures import needle_picture, position_picture
+from megatron_m1.longcontext.pictures import needle_picture, position_picture, progress_picture
 from megatron_m1.model.packed import Packed
 from parallel.layout import Layout
 from tests.longcontext import evaluate_ranks as ranks
@@ -78,7 +80,8 @@ def test_pictures_are_written(measured, tmp_path):
     grid, curve = measured
     needle_picture(grid, "test", tmp_path / "new" / "needles.png")
     position_picture({"test": curve}, tmp_path / "new" / "positions.png")
-    for name in ("needles", "positions"):
+    progress_picture([("short", 64, grid), ("long", 128, grid)], "test", tmp_path / "new" / "progress.png")
+    for name in ("needles", "positions", "progress"):
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -94,6 +97,34 @@ def test_needle_rows_hold_the_needle_where_it_was_asked_for(tokenizer):
         assert len(row.tokens_S) == 600 == row.document_lengths.sum()
     assert (rows.make(600, 0.5, 2).tokens_S == rows.make(600, 0.5, 2).tokens_S).all()
     assert (rows.make(600, 0.5, 2).tokens_S != rows.make(600, 0.5, 3).tokens_S).any()
+
+
+def test_rows_of_several_needles_ask_for_all_and_count_the_one_at_the_depth(tokenizer):
+    rows = NeedleRows(tokenizer, seed=3, num_spread=3)
+    whole = [rows.make_spread(700, depth, 1) for depth in (0.0, 0.5, 1.0)]
+    assert all((row.tokens_S == whole[0].tokens_S).all() for row in whole), "one text for all depths"
+    text = tokenizer.decode(whole[0].tokens_S[: whole[0].document_lengths[0]])
+    question = re.search(r"What are the codes of (.*), in this order\?\nAnswer:(.*)", text)
+    answers = dict(zip(question[1].split(", "), question[2].split(), strict=True))
+    facts = [
+        (match.start() / question.start(), match[1], match[2])
+        for match in re.finditer(r"The code of (\w+) is (\d+)\.", text)
+    ]
+    for row, depth, (place, city, number) in zip(whole, (0.0, 0.5, 1.0), facts, strict=True):
+        assert abs(place - depth) < 0.1
+        counted = tokenizer.decode(row.labels_S[row.loss_mask_S > 0]).strip()
+        assert counted == number == answers[city]
+    assert sum((row.loss_mask_S > 0).astype(int) for row in whole).max() == 1, (
+        "no token counts for two needles"
+    )
+
+
+def test_more_needles_than_cities_are_refused_with_the_nearest_number():
+    assert len(CITIES) == evaluate.MOST_NEEDLES
+    evaluate.LongContextConfig(multi_needles=evaluate.MOST_NEEDLES)
+    for count, nearest in ((1, 2), (11, 10)):
+        with pytest.raises(ValueError, match=f"multi_needles={count}: .*choose {nearest}"):
+            evaluate.LongContextConfig(multi_needles=count)
 
 
 def test_a_row_too_short_for_a_needle_is_refused(tokenizer):

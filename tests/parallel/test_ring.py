@@ -104,14 +104,13 @@ def attend_on(rank: int, case: Case, group: dist.ProcessGroup | None) -> list[np
 def planted(fault: str) -> Any:
     """A deliberate mistake in the code under test."""
 
-    def merge_without_rescale(o, lse, queries, o_part, lse_part):  # type: ignore[no-untyped-def]
-        at = slice(*queries)
-        total = torch.logaddexp(lse[at], lse_part)
-        o[at] += o_part * (lse_part - total).exp()[..., None]
-        lse[at] = total
+    def merge_without_rescale(o, lse, o_part, lse_part):  # type: ignore[no-untyped-def]
+        total = torch.logaddexp(lse, lse_part)
+        o += o_part * (lse_part - total).exp()[..., None]
+        lse.copy_(total)
 
     if fault == "no rescale":
-        return mock.patch.object(ring, "_merge", merge_without_rescale)
+        return mock.patch.object(ring, "merge_keys", merge_without_rescale)
     if fault == "gradients stay abroad":
         return mock.patch.object(ring, "_add_home")
     return nullcontext()
