@@ -38,7 +38,7 @@ class SavedParts:
     gradient_norms: Callable[[], dict[str, Any]]
     """What an explosion behind a length jump is measured against."""
     watchdog: Watchdog
-    """Does not watch while a save is waited for; that has a limit of its own."""
+    """Is told of progress while a save is waited for."""
 
 
 class Saves:
@@ -50,6 +50,7 @@ class Saves:
         self.also: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]] = lambda: ({}, {})
         """What the stage stores besides: JSON values and arrays, the same on every rank; collective."""
         self._begun_s: float | None = None
+        parts.store.on_progress = parts.watchdog.beat
 
         def largest(number: int) -> int:
             shared = torch.tensor([number], dtype=torch.int32, device=groups.device)
@@ -68,10 +69,9 @@ class Saves:
         last = place.step == self._stage.last.step or reason is not None
         due = last or (config.every_steps and place.step % config.every_steps == 0)
         if due:
-            with self._parts.watchdog.asleep():
-                self._save(place)
-                if last:
-                    self._note(self._parts.store.wait())
+            self._save(place)
+            if last:
+                self._note(self._parts.store.wait())
         return reason
 
     def _save(self, place: Position) -> None:

@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,8 @@ class CheckpointStore:
         self._agreement = Agreement(groups.device, CheckpointError, self._text_of)
         self._is_first = dist.get_rank() == 0
         self._flight: _Flight | None = None
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called, on every rank, whenever all ranks have agreed to go on waiting for a writer."""
         self._spread = shards.ReplicaSpread(groups.collection.dp_cp)
         self._agreement.on_first_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True))
 
@@ -186,6 +188,7 @@ class CheckpointStore:
                 self._give_up(flight, problem)
             if running and not block:
                 return None
+            self.on_progress()
         self._flight = None
         reports: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(flight.call.result, reports if self._is_first else None)

@@ -16,8 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -192,7 +191,9 @@ class Watchdog:
     """Ends a rank that has made no progress for `timeout_s`, with a report; a context manager around training."""
 
     def __init__(self, directory: Path, *, timeout_s: float, rank: int, world_size: int) -> None:
-        """directory: shared by all ranks, gets the evidence. timeout_s: longer than any step; 0 watches nothing."""
+        """directory: shared by all ranks, gets the evidence. timeout_s: longer than anything between two beats; 0 watches
+        nothing.
+        """
         self._directory = directory
         self._timeout_s = timeout_s
         self._rank, self._world_size = rank, world_size
@@ -204,13 +205,6 @@ class Watchdog:
     def beat(self) -> None:
         """This rank has made progress."""
         self._last_beat_s = time.monotonic()
-
-    @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Do not watch while something runs that has a limit of its own, such as a save."""
-        self._last_beat_s = None
-        yield
-        self.beat()
 
     def __enter__(self) -> Watchdog:
         if self._timeout_s > 0:

@@ -5,8 +5,7 @@ It must start no thread and open no socket: a forked child has neither.
 
 import torch
 
-import megatron_m1.model.hybrid
-import megatron_m1.training.optimizer  # noqa: F401
+import megatron_m1.run  # noqa: F401
 from parallel import cpu
 
 torch.set_num_threads(1)

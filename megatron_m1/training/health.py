@@ -37,7 +37,8 @@ class HealthConfig:
     """More refused steps in a row end the run: the weights themselves must be broken. It then starts again from the
     newest checkpoint, and passes over the refused batches."""
     hang_timeout_s: float = 1800.0
-    """A rank without progress for this long ends the job with a report; longer than any step; 0 never does."""
+    """A rank without progress for this long ends the job with a report; longer than any step, evaluation or save in the
+    foreground; 0 never does."""
     prometheus_port: int = 0
     """Port of 127.0.0.1 on rank 0's machine where the newest numbers can be read as Prometheus text; 0 opens none."""
 

@@ -12,15 +12,15 @@ import random
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
 from megatron_m1.training.spool import read_steps
-from tests.faults.kinds import KINDS, SAVE_EVERY, STEPS, Trial, can_run, lives_in
+from tests.faults.kinds import KINDS, SAVE_EVERY, STEPS, Trial, can_run
 from tests.faults.life import Life
-from tests.training.lives import assert_same_run
-from tests.training.tiny_run import data_in, write_run_file, write_shards
+from tests.training.lives import assert_same_run, steps_by_life
+from tests.training.tiny_run import SMALLEST, data_in, write_run_file, write_shards
 
 MOST_LIVES = 6
 NUMBERS = ("loss_nats", "grad_norm", "learning_rate", "auxiliary_loss")
@@ -81,7 +81,7 @@ def _one(name: str, chance: random.Random, place: Path, data: DataConfig, whole:
     row.detected += trial.detected
     if not trial.detected:
         print(f"{name}: not noticed; see {place}", file=sys.stderr)
-    lives = lives_in(trial)
+    lives = steps_by_life(trial.run_dir)
     for before, after in zip(lives, lives[1:], strict=False):
         if before[1]:
             row.most_repeated = max(row.most_repeated, before[1][-1] - after[0])
@@ -118,14 +118,10 @@ def _wrong(trial: Trial, whole: Path) -> int:
 
 
 def _run_file(run_dir: Path, data: DataConfig, shard: Path | None = None) -> Path:
-    """The tiny run at tp 2 x pp 2, its watchdog quick."""
-    path = write_run_file(run_dir, data, steps=STEPS)
-    text = path.read_text().replace("layout: {tp: 2, ep: 2}", "layout: {tp: 2, pp: 2}")
-    text = text.replace("every_steps: 2", f"every_steps: {SAVE_EVERY}")
+    """The smallest run, on shards of its own."""
     if shard is not None:
-        text = text.replace(f"prefix: {data.sources[0].prefix}", f"prefix: {shard}")
-    path.write_text(text + "health: {hang_timeout_s: 8.0}\n")
-    return path
+        data = replace(data, sources=(replace(data.sources[0], prefix=str(shard)),))
+    return write_run_file(run_dir, data, steps=STEPS, checkpoint={"every_steps": SAVE_EVERY}, **SMALLEST)
 
 
 def is_good(name: str, row: Row) -> bool:

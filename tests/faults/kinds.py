@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,14 @@ from pathlib import Path
 from megatron_m1.training.health import refused_steps
 from parallel.hang import HANG_EXIT_CODE, REPORT_NAME
 from parallel.manifest import MANIFEST_NAME, list_checkpoints
-from tests.faults.life import WORLD_SIZE, Life, Planted, newest_step
+from tests.faults.life import WORLD_SIZE, Life, Planted
 
 STEPS = 10
 SAVE_EVERY = 2
+# Slow enough that a fault meant for the middle of a run does not come after its end on a busy machine.
+SECONDS_PER_STEP = 0.3
+# Longer than a step on a busy machine.
+HANG_TIMEOUT_S = 8.0
 
 
 @dataclass(slots=True)
@@ -41,9 +45,10 @@ class Trial:
         return Life(self.run_file, self.run_dir.parent / f"logs{self.lives}", planted)
 
     def run_until_a_moment(self) -> Life:
-        """A life, at some moment after the first checkpoint."""
-        life = self.start()
-        life.wait_for_step(self.run_dir, self.random.randint(SAVE_EVERY + 1, STEPS - 2))
+        """A life, at some moment after the first checkpoint and before the last steps."""
+        life = self.start(Planted(seconds_per_step=SECONDS_PER_STEP))
+        life.wait_for_step(self.run_dir, self.random.randint(SAVE_EVERY + 1, STEPS - 4))
+        time.sleep(self.random.uniform(0.0, SECONDS_PER_STEP))
         return life
 
     def checkpoints(self) -> list[Path]:
@@ -62,6 +67,8 @@ def killed(trial: Trial) -> None:
 
 def stopped(trial: Trial) -> None:
     """A rank is stopped: the watchdog names it."""
+    text = trial.run_file.read_text()
+    trial.run_file.write_text(text + f"health: {{hang_timeout_s: {HANG_TIMEOUT_S}}}\n")
     life = trial.run_until_a_moment()
     victim = trial.random.randrange(WORLD_SIZE)
     life.signal(victim, signal.SIGSTOP)
@@ -69,6 +76,7 @@ def stopped(trial: Trial) -> None:
     report = trial.run_dir / "hang" / REPORT_NAME
     named = report.exists() and report.read_text().startswith(f"HANG: rank {victim} wrote nothing")
     trial.detected = named and HANG_EXIT_CODE in codes
+    trial.run_file.write_text(text)
 
 
 def torn_checkpoint(trial: Trial) -> None:
@@ -130,7 +138,8 @@ def slow_disk(trial: Trial) -> None:
 def mlflow_down(trial: Trial) -> None:
     """Nobody answers at the tracking server: the run goes on and says what is not sent."""
     text = trial.run_file.read_text()
-    trial.run_file.write_text(text.replace("{enabled: false}", "{uri: 'http://127.0.0.1:9'}"))
+    assert "enabled: false" in text, text
+    trial.run_file.write_text(text.replace("enabled: false", "uri: 'http://127.0.0.1:9'"))
     life = trial.start()
     codes = life.wait()
     trial.detected = codes == [0] * WORLD_SIZE and "MLflow" in life.said()
@@ -190,23 +199,3 @@ KINDS: dict[str, Callable[[Trial], None]] = {
 def can_run(name: str) -> bool:
     """Whether this machine can have the fault."""
     return name != "disk_full" or os.geteuid() == 0
-
-
-def last_recorded(trial: Trial) -> int:
-    """The step that the run has reached."""
-    return newest_step(trial.run_dir)
-
-
-def lives_in(trial: Trial) -> list[tuple[int, list[int]]]:
-    """For each life: the step it began after, and the steps it took."""
-    found: list[tuple[int, list[int]]] = []
-    for line in (trial.run_dir / "metrics.jsonl").read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if values["kind"] == "life":
-            found.append((values["step"], []))
-        elif values["kind"] == "step":
-            found[-1][1].append(values["step"])
-    return found

@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_m1.training.spool import read_lines
 from parallel.launch import host_local_ranks
@@ -32,6 +34,8 @@ class Planted:
     """The wall clock jumps by this much after the third step."""
     nan_at_step: int = 0
     """One element of this rank's gradient is NaN in this step; 0 never."""
+    seconds_per_step: float = 0.0
+    """Added to every step, on every rank."""
 
 
 class Life:
@@ -111,8 +115,10 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
     from megatron_m1.run import train
 
     config = load_run(run_file)
-    if planted is not None and planted.rank == rank:
-        _plant(planted, config.run_dir)
+    if planted is not None:
+        _before_steps(lambda _step: time.sleep(planted.seconds_per_step))
+        if planted.rank == rank:
+            _plant(planted, config.run_dir)
     train(config)
 
 
@@ -141,18 +147,37 @@ def _plant(planted: Planted, run_dir: Path) -> None:
         _plant_nan(planted.nan_at_step)
 
 
+def _before_steps(action: Callable[[int], None]) -> None:
+    """Call `action` with the number of the step in this life before each step of training."""
+    from megatron_m1.training.loop import Trainer
+
+    real, taken = Trainer._train_step, 0
+
+    def with_action(trainer: Trainer, rows: Any) -> None:
+        nonlocal taken
+        taken += 1
+        action(taken)
+        real(trainer, rows)
+
+    Trainer._train_step = with_action  # type: ignore[method-assign]
+
+
 def _plant_nan(at_step: int) -> None:
     from megatron_m1.training import loop
 
-    real, taken = loop.run_microbatches, 0
+    real, due = loop.run_microbatches, False
+
+    def note(step: int) -> None:
+        nonlocal due
+        due = step == at_step
 
     def with_nan(chunks, microbatches, groups, **options):
-        nonlocal taken
+        nonlocal due
         result = real(chunks, microbatches, groups, **options)
-        if not options.get("forward_only"):
-            taken += 1
-            if taken == at_step:
-                chunks[0].buffers[0].grad_data[0] = float("nan")
+        if due:
+            chunks[0].buffers[0].grad_data[0] = float("nan")
+            due = False
         return result
 
+    _before_steps(note)
     loop.run_microbatches = with_nan

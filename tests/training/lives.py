@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,22 @@ def assert_same_run(run_dir: Path, other: Path, *, steps: int) -> None:
         for name in ("loss_nats", "grad_norm", "learning_rate", "auxiliary_loss", "sample_ids_hash"):
             assert ours[step][name] == theirs[step][name], f"{name} of step {step}"
     assert _tensor_files(run_dir, steps) == _tensor_files(other, steps)
+
+
+def steps_by_life(run_dir: Path) -> list[tuple[int, list[int]]]:
+    """For each life of the run: the step it began after, and the steps it took."""
+    found: list[tuple[int, list[int]]] = []
+    record = run_dir / "metrics.jsonl"
+    for line in record.read_text().splitlines() if record.exists() else []:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # half written
+        if values["kind"] == "life":
+            found.append((values["step"], []))
+        elif values["kind"] == "step":
+            found[-1][1].append(values["step"])
+    return found
 
 
 def _tensor_files(run_dir: Path, step: int) -> dict[str, str]:

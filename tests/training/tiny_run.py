@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.index import ShardWriter
+from megatron_m1 import runfile
 
 VOCAB = 128
 
@@ -52,18 +56,28 @@ def data_in(directory: Path) -> DataConfig:
     )
 
 
-def write_run_file(run_dir: Path, data: DataConfig, *, steps: int) -> Path:
-    """A run file beside the run directory."""
+# Two layers and few rows on a grid of tp 2 x pp 2: for tests of what happens around the steps, not in them.
+SMALLEST: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 2, "softmax_every": 2},
+    "layout": {"tp": 2, "pp": 2, "ep": 1},
+    "training": {"evaluation_rows": 2},
+    "schedule": {"batch_ramp": [{"from_tokens": 0, "global_batch_tokens": 128}]},
+}
+
+
+def write_run_file(run_dir: Path, data: DataConfig, *, steps: int, **sections: dict[str, Any]) -> Path:
+    """A run file beside the run directory; `sections` are laid over its own."""
     path = run_dir.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        _RUN.format(
-            run_dir=run_dir,
-            vocab=VOCAB,
-            source=data.sources[0].prefix,
-            held_out=data.held_out[0].prefix,
-            tokenizer=data.tokenizer_path,
-            steps=steps,
-        )
+    text = _RUN.format(
+        run_dir=json.dumps(str(run_dir)),
+        vocab=VOCAB,
+        source=json.dumps(data.sources[0].prefix),
+        held_out=json.dumps(data.held_out[0].prefix),
+        tokenizer=json.dumps(data.tokenizer_path),
+        steps=steps,
     )
+    if sections:
+        text = yaml.safe_dump(runfile.merge(yaml.safe_load(text), sections))
+    path.write_text(text)
     return path
