@@ -66,12 +66,15 @@ def killed(trial: Trial) -> None:
 
 
 def stopped(trial: Trial) -> None:
-    """A rank is stopped: the watchdog names it."""
+    """A rank is stopped, at any moment or where a save begins: the watchdog names it."""
     text = trial.run_file.read_text()
     trial.run_file.write_text(text + f"health: {{hang_timeout_s: {HANG_TIMEOUT_S}}}\n")
-    life = trial.run_until_a_moment()
     victim = trial.random.randrange(WORLD_SIZE)
-    life.signal(victim, signal.SIGSTOP)
+    if trial.random.random() < 0.5:
+        life = trial.start(Planted(rank=victim, stop_at_save=trial.random.randint(1, STEPS // SAVE_EVERY)))
+    else:
+        life = trial.run_until_a_moment()
+        life.signal(victim, signal.SIGSTOP)
     codes = life.wait(grace_s=30.0)
     report = trial.run_dir / "hang" / REPORT_NAME
     named = report.exists() and report.read_text().startswith(f"HANG: rank {victim} wrote nothing")

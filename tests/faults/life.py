@@ -28,6 +28,8 @@ class Planted:
     rank: int = 0
     crash_at_file_operation: int = 0
     """Die, as by a power cut, at this operation on a file of the checkpoints; 0 never."""
+    stop_at_save: int = 0
+    """Stop the rank, as SIGSTOP does, where this save of the life begins; 0 never."""
     seconds_per_file: float = 0.0
     """A disk that takes this long for every file it opens below the checkpoints."""
     clock_jump_s: float = 0.0
@@ -125,7 +127,7 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
 def _plant(planted: Planted, run_dir: Path) -> None:
     """Wire a fault into this process and those it forks."""
     checkpoints = str(run_dir / "checkpoints")
-    operations = 0
+    operations, own, saves = 0, os.getpid(), set()
 
     def on_file(event: str, arguments: tuple) -> None:
         nonlocal operations
@@ -137,8 +139,12 @@ def _plant(planted: Planted, run_dir: Path) -> None:
         time.sleep(planted.seconds_per_file)
         if operations == planted.crash_at_file_operation:
             os.kill(os.getpid(), signal.SIGKILL)
+        if event == "os.mkdir" and ".partial-" in str(arguments[0]) and os.getpid() == own:
+            saves.add(str(arguments[0]))
+            if len(saves) == planted.stop_at_save:
+                os.kill(own, signal.SIGSTOP)
 
-    if planted.crash_at_file_operation or planted.seconds_per_file:
+    if planted.crash_at_file_operation or planted.seconds_per_file or planted.stop_at_save:
         sys.addaudithook(on_file)
     if planted.clock_jump_s:
         real = time.time
