@@ -4,8 +4,9 @@ Tensors are stored under logical names with global shapes (`parallel/stored_tens
 checkpoint. A checkpoint exists from the moment its finished directory gets its name (`parallel/manifest.py`).
 
 A background save is written by a forked child. Fork gives it a snapshot of host memory, so the trainer may go on
-changing its parameters; tensors of a GPU are copied to the host first. At most one save is in flight: the next one
-waits for it. Whatever fails on one rank is raised on every rank, with the same message.
+changing its parameters; tensors of a GPU are copied to the host first. With a bound on that memory the state goes to
+the child through a ring instead (`parallel/staging.py`). At most one save is in flight: the next one waits for it.
+Whatever fails on one rank is raised on every rank, with the same message.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from parallel.agreement import Agreement
 from parallel.background import BackgroundCall
 from parallel.groups import Groups
 from parallel.manifest import CheckpointError, Entry, Manifest
+from parallel.staging import Staging, forget
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 5.0
@@ -49,12 +51,19 @@ class CheckpointConfig:
     keep: int = 3
     """Newest checkpoints that stay on disk; 0 keeps all."""
     asynchronous: bool = True
-    """Write while training goes on; costs up to one more copy of the state in host memory."""
+    """Write while training goes on; costs up to one more copy of the state in host memory, or `staging_mib`."""
+    staging_mib: int = 0
+    """Most host memory per rank that holds a state on its way to the writer, in MiB; a save that needs more waits until
+    the writer has made room. At least the largest tensor of a rank. 0: the whole state, so that no save waits."""
     writer_timeout_s: float = 3600.0
     """A background writer that has not finished after this many seconds is ended and the run stops."""
 
     def __post_init__(self) -> None:
-        for name, meaning in (("every_steps", "save only at the end"), ("keep", "keep all")):
+        for name, meaning in (
+            ("every_steps", "save only at the end"),
+            ("keep", "keep all"),
+            ("staging_mib", "stage everything"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"checkpoint.{name}={getattr(self, name)} is negative: it must be 0 or more; "
@@ -73,7 +82,7 @@ class _Flight:
 
     step: int
     directory: Path
-    staged_bytes: int
+    num_bytes: int
     """What this rank writes."""
     metadata: Metadata | None
     """megatron-core's description of the whole; on rank 0 only."""
@@ -132,15 +141,49 @@ class CheckpointStore:
         try:
             self._agreement.everywhere(lambda: directory.mkdir(exist_ok=True))
             writer, metadata = shards.plan_save(tensors, directory)
-            self._check_space(writer.staged_bytes)
+            self._check_space(writer.num_bytes)
+            self._agreement.everywhere(lambda: self._check_staging(writer.tensors))
         except CheckpointError:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        call = BackgroundCall(lambda: writer.write(directory), fork=self._config.asynchronous)
+        call = self._start(writer, directory)
+        self._flight = _Flight(step, directory, writer.num_bytes, metadata, extra, call)
         writer.release()
-        self._flight = _Flight(step, directory, writer.staged_bytes, metadata, extra, call)
         if not self._config.asynchronous:
             self.wait()
+
+    def _start(self, writer: shards.ShardWriter, directory: Path) -> BackgroundCall:
+        """Start to write; returns when what is written cannot change any more."""
+        config = self._config
+        if not config.asynchronous:
+            return BackgroundCall(lambda: writer.write(directory), fork=False)
+        if not config.staging_mib:
+            writer.copy_to_host()
+            return BackgroundCall(lambda: writer.write(directory), fork=True)
+        staging = Staging(writer.tensors, config.staging_mib << 20)
+
+        def write() -> dict[str, Any]:
+            forget(writer.tensors)
+            return writer.write(directory, staging.tensors())
+
+        call = BackgroundCall(write, fork=True)
+
+        def alive() -> bool:
+            self.on_progress()
+            return call.running and call.seconds <= config.writer_timeout_s
+
+        staging.fill(writer.tensors, alive)
+        return call
+
+    def _check_staging(self, tensors: Sequence[torch.Tensor]) -> None:
+        largest = max((tensor.nbytes for tensor in tensors), default=0)
+        staging_mib = self._config.staging_mib
+        if self._config.asynchronous and 0 < staging_mib << 20 < largest:
+            raise CheckpointError(
+                f"checkpoint.staging_mib={staging_mib} is less than the largest tensor of rank {dist.get_rank()}, "
+                f"{largest / 2**20:.1f} MiB: a tensor is staged whole; "
+                f"use {-(-largest >> 20)} or more, or 0 for no bound"
+            )
 
     def _begin(self, step: int, extra: dict[str, Any]) -> Path:
         json.dumps(extra, allow_nan=False)
@@ -230,7 +273,7 @@ class CheckpointStore:
         if not flight.call.running and flight.call.problem:
             return (
                 f"rank {dist.get_rank()} cannot write its part of {flight.directory}: {flight.call.problem}; it needs "
-                f"{flight.staged_bytes} bytes, {_free_bytes(self.directory)} bytes are free; {_MAKE_ROOM}"
+                f"{flight.num_bytes} bytes, {_free_bytes(self.directory)} bytes are free; {_MAKE_ROOM}"
             )
         if flight.call.running and flight.call.seconds > self._config.writer_timeout_s:
             return (
@@ -247,7 +290,7 @@ class CheckpointStore:
         """Load a checkpoint, saved under any layout, into this layout.
 
         template: nested dict of ShardedTensors; one with data is filled in place, others get a new CPU tensor.
-        verify: check the hashes of all files first, each rank a share of them; else their sizes only.
+        verify: check every piece that is read against its checksum; else only the sizes of the files.
         ignore: prefixes of keys that the checkpoint may have and the template need not ("optimizer." to load
         weights only; then call the optimizer's take_masters_from_parameters).
 
@@ -260,14 +303,16 @@ class CheckpointStore:
         path = disk.step_path(self.directory, step)
         found = self._agreement.everywhere(lambda: disk.read_manifest(path))
         own = found.files[dist.get_rank() :: dist.get_world_size()]
-        self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=verify))
-        table = self._agreement.everywhere(lambda: stored_tensors.read_table(path))
+        self._agreement.everywhere(lambda: disk.check_files(path, own, hashed=False))
+        table = self._agreement.everywhere(lambda: stored_tensors.read_table(path, found))
         tensors, _ = self._agreement.everywhere(lambda: stored_tensors.extract_tensors(template))
         by_rank: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(by_rank, stored_tensors.wanted_table(tensors))
         wanted = {key: entry for rank in by_rank for key, entry in rank.items()}
         stored_tensors.check_fit(path, stored_tensors.logical_table(table), wanted, tuple(ignore))
-        state = self._agreement.everywhere(lambda: stored_tensors.read_tensors(template, path, table))
+        state = self._agreement.everywhere(
+            lambda: stored_tensors.read_tensors(template, path, table, verify=verify)
+        )
         return state, found.extra
 
     def about(self, step: int) -> dict[str, Any]:

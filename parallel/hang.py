@@ -191,9 +191,7 @@ class Watchdog:
     """Ends a rank that has made no progress for `timeout_s`, with a report; a context manager around training."""
 
     def __init__(self, directory: Path, *, timeout_s: float, rank: int, world_size: int) -> None:
-        """directory: shared by all ranks, gets the evidence. timeout_s: longer than anything between two beats; 0 watches
-        nothing.
-        """
+        """directory: shared by all ranks, gets the evidence. timeout_s: longer than any step; 0 watches nothing."""
         self._directory = directory
         self._timeout_s = timeout_s
         self._rank, self._world_size = rank, world_size

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"

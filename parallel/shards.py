@@ -13,10 +13,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
@@ -43,9 +45,10 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from parallel.checksum import BLOCK_BYTES, Checksum
 from parallel.manifest import CheckpointError, FileRecord, sha256_of_json, write_durably
 from parallel.stored_tensors import TABLE_NAME, leaves
 
@@ -56,47 +59,59 @@ class ShardWriter(FileSystemWriterAsync):
     """megatron-core's storage writer up to the plan; what is planned is then written by `write`."""
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Stage this rank's pieces in host memory; upstream's version also starts a manager process."""
+        """Note this rank's pieces where they are; upstream's version also copies them and starts a manager process."""
         self.file_name = f"{plan.storage_data.prefix}0.distcp"
-        self.items = [(item, _on_host(planner.resolve_data(item))) for item in plan.items]
-        self.staged_bytes = sum(tensor.nbytes for _, tensor in self.items)
+        self.items = [(item, planner.resolve_data(item).detach()) for item in plan.items]
+        self.num_bytes = sum(tensor.nbytes for _, tensor in self.items)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """This rank's pieces in the order of writing."""
+        return [tensor for _, tensor in self.items]
+
+    def copy_to_host(self) -> None:
+        """Take all pieces into host memory, where a fork makes a snapshot of them."""
+        self.items = [(item, _on_host(tensor)) for item, tensor in self.items]
 
     def release(self) -> None:
-        """Drop the staged pieces; a child that was forked before keeps its own."""
+        """Drop the pieces; a child that was forked before keeps its own."""
         self.items = []
 
-    def write(self, directory: Path) -> dict[str, Any]:
+    def write(self, directory: Path, tensors: Iterable[torch.Tensor] | None = None) -> dict[str, Any]:
         """Write, flush and hash this rank's file. Safe in a forked child.
+
+        tensors: where the pieces come from, in their order; None takes them from where they are, one at a time.
 
         Returns: JSON: the file's record and where each piece lies in it; an empty list of files if nothing is
         ours.
         """
         if not self.items:
             return {"files": [], "pieces": []}
-        with _zip_checksums_off(), (directory / self.file_name).open("wb", buffering=0) as raw:
-            stream = _HashingStream(raw)
+        source = tensors if tensors is not None else map(_on_host, self.tensors)
+        pieces = []
+        with (
+            _zip_checksums_off(),
+            ThreadPoolExecutor(1) as hashing,
+            (directory / self.file_name).open("wb", buffering=0) as raw,
+        ):
+            stream = _HashingStream(raw, hashing)
             try:
-                results = [
-                    _write_item(
-                        self.transforms, stream, data, item, self.file_name, SerializationFormat.TORCH_SAVE
-                    )
-                    for item, data in self.items
-                ]
+                for (item, _), tensor in zip(self.items, source, strict=True):
+                    pieces.append(self._write_piece(stream, item, tensor))
             except RuntimeError as error:
                 # torch's zip writer hides the error of the file below it behind one of its own
                 raise stream.error or error from error
             os.fsync(raw.fileno())
-        record = FileRecord(self.file_name, stream.tell(), stream.digest.hexdigest())
-        pieces = [
-            [
-                result.index.fqn,
-                list(result.index.offset),
-                result.storage_data.offset,
-                result.storage_data.length,
-            ]
-            for result in results
-        ]
-        return {"files": [[record.name, record.bytes, record.sha256]], "pieces": pieces}
+        record = [self.file_name, stream.tell(), stream.digest.hexdigest()]
+        return {"files": [record], "pieces": pieces}
+
+    def _write_piece(self, stream: _HashingStream, item: WriteItem, tensor: torch.Tensor) -> list[Any]:
+        stream.begin(tensor)
+        result = _write_item(
+            self.transforms, stream, tensor, item, self.file_name, SerializationFormat.TORCH_SAVE
+        )
+        stored = result.storage_data
+        return [result.index.fqn, list(result.index.offset), stored.offset, stored.length, *stream.end()]
 
 
 @contextlib.contextmanager
@@ -111,18 +126,52 @@ def _zip_checksums_off() -> Iterator[None]:
 
 
 class _HashingStream(io.RawIOBase):
-    """A file that hashes what passes through; sequential writes only."""
+    """A file that hashes what passes through, and finds in each piece where its numbers begin; sequential only."""
 
-    def __init__(self, raw: io.RawIOBase) -> None:
-        self._raw = raw
+    def __init__(self, raw: io.RawIOBase, hashing: Executor) -> None:
+        self._raw, self._hashing = raw, hashing
         self._position = 0
+        self._numbers: tuple[int, int] = (0, 0)
+        self._data_start: int | None = None
+        self._checksum = Checksum()
         self.digest = hashlib.sha256()
         self.error: OSError | None = None
         """The first error of the file, such as a full disk."""
 
+    def begin(self, tensor: torch.Tensor) -> None:
+        """The record of a tensor begins here."""
+        self._numbers = (tensor.data_ptr(), tensor.nbytes)
+        self._data_start, self._checksum = None, Checksum()
+
+    def end(self) -> tuple[int, str]:
+        """The record ends here: the first byte of its numbers, and its checksum."""
+        assert self._data_start is not None or not self._numbers[1], "torch.save wrote the numbers in pieces"
+        start = self._position if self._data_start is None else self._data_start
+        return start, self._checksum.hexdigest()
+
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        are_numbers = self._data_start is None and len(view) > 0 and _place_of(view) == self._numbers
+        if are_numbers:
+            self._data_start = self._position
+        if len(view) < BLOCK_BYTES:
+            self._hash(view, are_numbers)
+            return self._write(view)
+        # hashing and writing both leave the interpreter to the other
+        hashed = self._hashing.submit(self._hash, view, are_numbers)
+        try:
+            return self._write(view)
+        finally:
+            hashed.result()
+
+    def _hash(self, view: memoryview, are_numbers: bool) -> None:
         self.digest.update(view)
+        if are_numbers:
+            self._checksum.add_blocks(view)
+        else:
+            self._checksum.add_short(view)
+
+    def _write(self, view: memoryview) -> int:
         written = 0
         try:
             while written < len(view):
@@ -136,6 +185,11 @@ class _HashingStream(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+def _place_of(view: memoryview) -> tuple[int, int]:
+    """Address and length of bytes in memory."""
+    return np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0], len(view)
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,8 +265,8 @@ def write_index(directory: Path, metadata: Metadata, reports: list[dict[str, Any
     results, places = [], {}
     for report in reports:
         (name, _, _) = report["files"][0] if report["files"] else ("", 0, "")
-        for key, offset, start, length in report["pieces"]:
-            places[key, tuple(offset)] = [name, start, length]
+        for key, offset, start, length, data_start, checksum in report["pieces"]:
+            places[key, tuple(offset)] = [name, start, length, data_start, checksum]
             info = _StorageInfo(name, start, length)
             results.append(WriteResult(MetadataIndex(key, offset), length, info))
     table = {

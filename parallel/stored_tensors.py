@@ -1,8 +1,8 @@
 """The logical tensors of a state and of a checkpoint, and how one is filled from the other. No collective.
 
 A state's tensors are megatron-core ShardedTensors: a key, a global shape and where this rank's piece lies in it. A
-checkpoint's are the table `tensors.json`: the same, and in which file each stored piece lies. Nothing here
-unpickles: upstream's `.metadata` and `common.pt` are never read; the pieces are read by torch.load(weights_only=True).
+checkpoint's are the table `tensors.json`: the same, and where each stored piece lies (`parallel/pieces.py`). Nothing
+unpickles: upstream's `.metadata` and `common.pt` are never read, and of a piece only its numbers are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_outplace,
     extract_matching_values,
@@ -27,23 +26,9 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    _replace_sharded_keys_with_state_dict_keys,
-    _replace_state_dict_keys_with_sharded_keys,
-    _unwrap_pyt_sharded_tensor,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from parallel.manifest import CheckpointError
+from parallel import pieces
+from parallel.manifest import CheckpointError, Manifest, check_files
 
 TABLE_NAME = "tensors.json"
 
@@ -77,8 +62,14 @@ def _is_empty(value: Any) -> bool:
     return value is None or (torch.is_tensor(value) and not value.numel())
 
 
-def read_table(directory: Path) -> dict[str, Any]:
-    """The tensor table of a checkpoint: key -> dtype, shape, pieces."""
+def read_table(directory: Path, manifest: Manifest | None = None) -> dict[str, Any]:
+    """The tensor table of a checkpoint: key -> dtype, shape, pieces; as its manifest knows it, where one is given.
+
+    Raises:
+        CheckpointError: it is not the table that the manifest lists.
+    """
+    if manifest is not None:
+        check_files(directory, [file for file in manifest.files if file.name == TABLE_NAME], hashed=True)
     return json.loads((directory / TABLE_NAME).read_bytes())
 
 
@@ -128,36 +119,21 @@ def logical_table(table: dict[str, Any]) -> dict[str, list[Any]]:
     return {key: [entry["dtype"], entry["shape"]] for key, entry in table.items()}
 
 
-class _Reader(torch_checkpoint.FileSystemReader):
-    """Reads pieces by our own table instead of upstream's pickled metadata."""
-
-    def __init__(self, directory: Path, table: dict[str, Any]) -> None:
-        super().__init__(str(directory))
-        self._table = table
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        tensors, places = {}, {}
-        for key, entry in self._table.items():
-            chunks = []
-            for offsets, sizes, name, start, length in entry["pieces"]:
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                places[MetadataIndex(key, offsets)] = _StorageInfo(name, start, length)
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(tensors, storage_data=places)
-
-
-def read_tensors(template: ShardedStateDict, directory: Path, table: dict[str, Any]) -> dict[str, Any]:
+def read_tensors(
+    template: ShardedStateDict, directory: Path, table: dict[str, Any], *, verify: bool
+) -> dict[str, Any]:
     """Fill a template; no collective. A leaf with data is filled in place, one without gets a new CPU tensor.
 
     Returns: the template's structure with plain tensors as leaves.
+
+    Raises:
+        CheckpointError: with `verify`, what is stored is not what was written.
     """
     tensors, factories = extract_tensors(template)
-    flat, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(tensors)
-    wanted = mcore_to_pyt_state_dict(flat, is_loading=True)
-    torch_checkpoint.load(
-        wanted, storage_reader=_Reader(directory, table), planner=MCoreLoadPlanner(), no_dist=True
-    )
-    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
-    nested = _replace_sharded_keys_with_state_dict_keys(loaded, flat_names, renamed)
-    return apply_factory_merges(nested, factories)
+    parts = []
+    for leaf in leaves(tensors):
+        if leaf.data is None:
+            leaf.init_data(torch.device("cpu"))
+        parts += pieces.fill(leaf, table[leaf.key])
+    pieces.read_all(parts, directory, verify=verify)
+    return apply_factory_merges(dict_list_map_outplace(lambda leaf: leaf.data, tensors), factories)

@@ -60,7 +60,8 @@ def campaign(runs: int, seed: int, directory: Path, kinds: list[str]) -> dict[st
             print(f"run {number}, {name}, seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
             rows[name].unfinished += 1
             continue
-        shutil.rmtree(place)
+        if rows[name].clean:
+            shutil.rmtree(place)
     return rows
 
 
@@ -153,13 +154,18 @@ def main() -> int:
     options.add_argument("--only", choices=[name for name in KINDS if can_run(name)], action="append")
     chosen = options.parse_args()
     kinds = chosen.only or [name for name in KINDS if can_run(name)]
-    with tempfile.TemporaryDirectory(prefix="m1faults") as directory:
-        rows = campaign(chosen.runs, chosen.seed, Path(directory), kinds)
+    directory = Path(tempfile.mkdtemp(prefix="m1faults"))
+    rows = campaign(chosen.runs, chosen.seed, directory, kinds)
     print(table(rows))
+    all_good = all(is_good(name, row) for name, row in rows.items())
+    if all_good:
+        shutil.rmtree(directory)
+    else:
+        print(f"what is not as it should be lies in {directory}", file=sys.stderr)
     for name in KINDS:
         if not can_run(name):
             print(f"{name} was left out: it needs root", file=sys.stderr)
-    return 0 if all(is_good(name, row) for name, row in rows.items()) else 1
+    return 0 if all_good else 1
 
 
 if __name__ == "__main__":

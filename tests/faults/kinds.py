@@ -102,7 +102,7 @@ def bit_flip(trial: Trial) -> None:
     shard.write_bytes(content)
     life = trial.start()
     codes = life.wait()
-    trial.detected = all(codes) and f"{shard.name} has sha256" in life.said()
+    trial.detected = all(codes) and f"{shard.name} has checksum" in life.said()
     newest.rename(newest.with_name("damaged"))
 
 

@@ -54,7 +54,7 @@ def message(both: list[dict[str, Any]], name: str) -> str:
 DAMAGES = {
     "truncated": ["__1_0.distcp", "has 1000 bytes", "the manifest lists"],
     "missing": ["__1_0.distcp is missing"],
-    "flipped": ["__1_0.distcp has sha256", "content has changed"],
+    "flipped": ["__1_0.distcp has checksum", "content has changed"],
     "manifest": ["manifest.json is corrupted"],
     "manifest not json": ["manifest.json is corrupted", "JSONDecodeError"],
     "no manifest": ["has no manifest.json", "did not finish"],
