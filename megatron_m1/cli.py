@@ -1,5 +1,5 @@
-"""The command line: `m1 train`, `m1 data`, `m1 launch`, `m1 doctor`. Parses, calls one function per command, prints its
-result.
+"""The command line: `m1 train`, `m1 data`, `m1 ckpt`, `m1 launch`, `m1 doctor`. Parses, calls one function per command,
+prints its result.
 
 Heavy imports stay inside the commands, so that `m1 --help` and `m1 doctor` work where torch or megatron-core
 do not.
@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_m1 import ckpt
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -32,6 +34,7 @@ data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 launch_app = typer.Typer(help="Start a run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
+app.add_typer(ckpt.app, name="ckpt")
 
 # What megatron-core says on every rank of every run: what `m1 doctor` says once, and a look at a gradient that it
 # does not use.

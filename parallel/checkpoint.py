@@ -1,4 +1,4 @@
-"""The checkpoints of a run: save (also in the background), publish, load under any layout, verify, prune.
+"""The checkpoints of a run: save (also in the background), publish, load under any layout, prune.
 
 Tensors are stored under logical names with global shapes (`parallel/stored_tensors.py`), so any layout loads any
 checkpoint. A checkpoint exists from the moment its finished directory gets its name (`parallel/manifest.py`).
@@ -342,17 +342,6 @@ class CheckpointStore:
                 return entry.step, passed_over
             passed_over.append(entry.problem)
         return None, passed_over
-
-    def verify(self, step: int) -> Manifest:
-        """Check sizes and hashes of all files of a checkpoint; its manifest. Local, reads everything.
-
-        Raises:
-            CheckpointError: naming the first damaged file.
-        """
-        path = disk.step_path(self.directory, step)
-        found = disk.read_manifest(path)
-        disk.check_files(path, found.files, hashed=True)
-        return found
 
     def prune(self) -> list[int]:
         """Delete all complete checkpoints but the newest `keep` and the pinned one; the deleted steps."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ HANG_EXIT_CODE = 70
 REPORT_NAME = "hang.txt"
 _PEERS = re.compile(r"(\d+)\s*(->|<-)\s*(\d+)")
 _LAST_CALLS = 200
+_OURS = re.compile(r"/(parallel|megatron_m1|kernels_cuda|data_pipeline)/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,46 +63,58 @@ class Finding:
     sentence: str
 
 
-def first_divergence(journals: Mapping[int, Sequence[Call]], world_size: int) -> Finding:
+def first_divergence(
+    journals: Mapping[int, Sequence[Call]], world_size: int, busy: Collection[int] = ()
+) -> Finding:
     """Who does not come, by the journals of the ranks that wrote one.
 
     Args:
         journals: rank -> its calls, oldest first; a rank that could not write is absent.
         world_size: ranks of the job.
+        busy: ranks that wait for nobody, by their stacks. Not every wait is in the journals: gloo's messages are not.
     """
     if different := _different_calls(journals):
         return different
     waiting = {rank: calls[-1] for rank, calls in _unfinished(journals).items() if calls}
+    absent = [rank for rank in range(world_size) if rank not in journals]
+    if absent:
+        # whoever lives writes, so everybody waits for those who did not, over however many steps
+        calls = [call for call in waiting.values() if absent[0] in call.ranks]
+        where = f"; the others wait for it in {calls[0]}" if calls else ""
+        return Finding(
+            absent[0], f"rank {absent[0]} wrote nothing: it is stopped, dead, or its node is gone{where}"
+        )
     if not waiting:
-        absent = [rank for rank in range(world_size) if rank not in journals]
-        if absent:
-            return Finding(
-                absent[0], f"rank {absent[0]} wrote nothing: it is stopped, dead, or its node is gone"
-            )
         return Finding(None, "no rank waits in a collective: the stacks show what each one does")
+    return _follow_waits(journals, waiting, [rank for rank in busy if rank not in waiting])
+
+
+def _follow_waits(
+    journals: Mapping[int, Sequence[Call]], waiting: Mapping[int, Call], idle: Sequence[int]
+) -> Finding:
+    """From the rank that has waited longest to the one that it waits for, and on. idle: ranks that wait for nobody."""
     rank = min(waiting, key=lambda one: waiting[one].time_ns)
     seen = [rank]
     while True:
         call = waiting[rank]
-        missing = [
-            other for other in call.ranks if other != rank and not _has_entered(journals.get(other), call)
-        ]
+        missing = [other for other in call.ranks if other != rank and not _has_entered(journals[other], call)]
         if not missing:
             return Finding(
                 rank, f"all ranks of {call} are in it, and it does not end: the network, or a device"
             )
-        absent = [other for other in missing if other not in journals]
-        rank = (absent or missing)[0]
+        rank = missing[0]
         if rank in seen:
             circle = ", ".join(f"rank {one} in {waiting[one]}" for one in seen)
             return Finding(rank, f"ranks wait for each other in a circle: {circle}")
-        if absent:
-            why = "wrote nothing: it is stopped, dead, or its node is gone"
-            return Finding(rank, f"rank {rank} {why}; the others wait for it in {call}")
         if rank not in waiting:
-            last = journals[rank][-1] if journals[rank] else "nothing"
-            return Finding(rank, f"rank {rank} has not come to {call}; its last finished call is {last}")
+            break
         seen.append(rank)
+    if rank not in idle and idle:
+        # it waits for a message that is in no journal: the end of the chain is a rank that does not wait at all
+        rank = idle[0]
+        call = next((one for one in waiting.values() if rank in one.ranks), call)
+    last = journals[rank][-1] if journals[rank] else "nothing"
+    return Finding(rank, f"rank {rank} has not come to {call}; its last finished call is {last}")
 
 
 def _different_calls(journals: Mapping[int, Sequence[Call]]) -> Finding | None:
@@ -171,10 +184,10 @@ def read_journal(rank: int) -> list[Call]:
 
 
 def _own_place(frames: Sequence[Mapping[str, Any]]) -> str:
-    """The innermost frame outside torch."""
-    for frame in frames:
-        if "/torch/" not in frame["filename"]:
-            return f"{'/'.join(Path(frame['filename']).parts[-3:])}:{frame['line']} {frame['name']}"
+    """The innermost frame in our code; in whatever is not torch's where there is none."""
+    others = [frame for frame in frames if "/torch/" not in frame["filename"]]
+    for frame in [*filter(lambda one: _OURS.search(one["filename"]), others), *others]:
+        return f"{'/'.join(Path(frame['filename']).parts[-3:])}:{frame['line']} {frame['name']}"
     return "an unknown place"
 
 
@@ -185,6 +198,15 @@ def stacks() -> str:
     for ident, frame in sys._current_frames().items():
         parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
     return "\n".join(parts)
+
+
+def waits_for_others() -> bool:
+    """Whether some thread of this process is inside a collective or a message, by its innermost Python frame."""
+    for frame in sys._current_frames().values():
+        innermost = traceback.extract_stack(frame)[-1]
+        if "/torch/distributed/" in innermost.filename or ".wait(" in (innermost.line or ""):
+            return True
+    return False
 
 
 class Watchdog:
@@ -229,7 +251,11 @@ class Watchdog:
 
     def _report(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        evidence = {"calls": [asdict(call) for call in read_journal(self._rank)], "stacks": stacks()}
+        evidence = {
+            "calls": [asdict(call) for call in read_journal(self._rank)],
+            "stacks": stacks(),
+            "waits": waits_for_others(),
+        }
         waiting = self._directory / f"rank{self._rank}.tmp"
         waiting.write_text(json.dumps(evidence), encoding="utf-8")
         waiting.rename(self._directory / f"rank{self._rank}.json")
@@ -257,7 +283,8 @@ def compose_report(evidence: Mapping[int, Mapping[str, Any]], world_size: int) -
         rank: [Call(**{**call, "ranks": tuple(call["ranks"])}) for call in found["calls"]]
         for rank, found in evidence.items()
     }
-    lines = [f"HANG: {first_divergence(journals, world_size).sentence}", ""]
+    busy = [rank for rank, found in sorted(evidence.items()) if not found["waits"]]
+    lines = [f"HANG: {first_divergence(journals, world_size, busy).sentence}", ""]
     for rank in range(world_size):
         calls = journals.get(rank)
         if calls is None:

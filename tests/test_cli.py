@@ -36,7 +36,7 @@ def test_the_commands_are_those_that_work():
     help_text = invoke("--help").output
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert names == {"train", "doctor"}
-    assert [group.name for group in cli.app.registered_groups] == ["data", "launch"]
+    assert [group.name for group in cli.app.registered_groups] == ["data", "launch", "ckpt"]
     assert all(name in help_text for name in ("train", "data", "doctor"))
 
 

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from parallel.hang import HANG_EXIT_CODE, REPORT_NAME, Call, first_divergence
+from parallel.hang import HANG_EXIT_CODE, REPORT_NAME, Call, first_divergence, waits_for_others
 from parallel.launch import host_local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,33 @@ def test_a_silent_rank_is_named() -> None:
     assert (found.rank, "wrote nothing" in found.sentence) == (1, True)
 
 
+def test_a_silent_rank_is_named_also_where_nobody_waits_for_it_in_a_journal() -> None:
+    # stage 0 waits for a message of stage 1, which gloo does not record; in stage 1 rank 2 waits for rank 3
+    first, second = {"group": "tp", "ranks": (0, 1)}, {"group": "tp", "ranks": (2, 3)}
+    journals = {
+        0: [call(8, finished=False, time_ns=5, **first)],
+        1: [call(7, **first)],
+        2: [call(9, finished=False, time_ns=6, **second)],
+    }
+    found = first_divergence(journals, 4)
+    assert found.rank == 3
+    assert "rank 3 wrote nothing" in found.sentence and "call 9 of group tp" in found.sentence
+    # and where it is not stopped but somewhere else, the stacks tell that it waits for nobody
+    journals[3] = [call(8, **second)]
+    found = first_divergence(journals, 4, busy=[3])
+    assert found.rank == 3
+    assert "rank 3 has not come to all_reduce [[8]], call 9 of group tp" in found.sentence
+
+
+def test_a_lock_that_is_waited_for_is_no_collective() -> None:
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    assert not waits_for_others()
+    ended.set()
+    thread.join()
+
+
 def test_another_operation_or_shape_is_named() -> None:
     journals = {rank: [call(1), call(2, finished=False)] for rank in (0, 1, 3)}
     journals[2] = [call(1), call(2, name="all_gather [[8]]", finished=False)]
@@ -72,14 +100,18 @@ from parallel.hang import Watchdog
 from parallel.launch import connect, read_environment
 launch = read_environment()
 connect(launch)
-pair = dist.new_group([2, 3])
+pair, other = dist.new_group([2, 3]), dist.new_group([0, 1])
 with Watchdog(Path(sys.argv[1]), timeout_s=2.0, rank=launch.rank, world_size=4) as watchdog:
     for step in range(3):
         dist.all_reduce(torch.ones(4))
         watchdog.beat()
-    if launch.rank == 3 and sys.argv[2] == "sleep":
+    if launch.rank == 3 and sys.argv[2] != "stop":
         time.sleep(600)
     print("here", flush=True)
+    if launch.rank == 0 and sys.argv[2] == "message":
+        dist.recv(torch.ones(4), src=2)
+    if launch.rank < 2 and sys.argv[2] == "message":
+        dist.all_reduce(torch.ones(7), group=other)
     if launch.rank >= 2:
         dist.all_reduce(torch.ones(5), group=pair)
     dist.all_reduce(torch.ones(6))
@@ -88,7 +120,7 @@ with Watchdog(Path(sys.argv[1]), timeout_s=2.0, rank=launch.rank, world_size=4) 
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fault", ["sleep", "stop"])
+@pytest.mark.parametrize("fault", ["sleep", "stop", "message"])
 def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault: str, tmp_path: Path) -> None:
     program = _RANK
     if fault == "stop":
@@ -135,6 +167,11 @@ def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault:
         assert report.startswith("HANG: rank 3 has not come to all_reduce [[5]]")
         assert "time.sleep(600)" not in report.split("==== rank 0 ====")[0]
         assert "==== rank 3 ====" in report
-    # rank 2 waits in the small group for it, the others in the large one for rank 2
+    # rank 2 waits in the small group for it
     assert "rank 2: in all_reduce [[5]]" in report
-    assert "rank 0: in all_reduce [[6]]" in report
+    if fault == "message":
+        # rank 1 waits for rank 0, and that one for a message of rank 2, which is in no journal of gloo's
+        assert "rank 1: in all_reduce [[7]]" in report
+    else:
+        # the others wait in the large one for rank 2
+        assert "rank 0: in all_reduce [[6]]" in report
