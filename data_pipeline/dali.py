@@ -12,26 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
-from data_pipeline.loader import Dataset, Loader
+from data_pipeline.loader import CLOSED, Dataset, Loader
 from data_pipeline.pack import PackedSample
 from data_pipeline.thread import ThreadLoader
 
 ROWS_PER_BATCH = 64
 QUEUE_BATCHES = 2
-FIELDS = {
-    "tokens_S": types.DALIDataType.INT32,
-    "labels_S": types.DALIDataType.INT32,
-    "loss_mask_S": types.DALIDataType.FLOAT,
-    "document_lengths": types.DALIDataType.INT32,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What DALI carries at once: a step, or a piece of a long one."""
 
-    samples: tuple[PackedSample, ...]
-    """1 to `ROWS_PER_BATCH` rows."""
+    rows: list[np.ndarray]
+    """1 to `ROWS_PER_BATCH` rows, from `_joined`; DALI reads them where they are, so they are kept until it is done."""
+    sample_ids: list[int]
+    """Of the rows."""
     ends_step: bool
     """Whether the step is complete with it."""
 
@@ -47,8 +43,8 @@ class DaliLoader(Loader):
         self._error: Exception | None = None
         self._pipeline: Pipeline | None = _pipeline(self)
 
-    def next_batch(self) -> tuple[list[np.ndarray], ...]:
-        """For DALI: the arrays of the next batch, one list per field.
+    def next_batch(self) -> list[np.ndarray]:
+        """For DALI: the rows of the next batch.
 
         Raises:
             StopIteration: the plan has ended, or a step failed. DALI then delivers what it holds before it
@@ -62,22 +58,23 @@ class DaliLoader(Loader):
                 raise StopIteration from error
         batch = self._waiting.popleft()
         self._in_pipeline.append(batch)
-        return tuple([getattr(sample, field) for sample in batch.samples] for field in FIELDS)
+        return batch.rows
 
     def __next__(self) -> list[PackedSample]:
         """The samples of the next step; see `Loader`."""
         samples: list[PackedSample] = []
         while True:
             if self._pipeline is None:
-                raise RuntimeError("the data loader is closed: no step can be read from it")
+                raise RuntimeError(CLOSED)
             try:
-                columns = self._pipeline.run()
+                (rows,) = self._pipeline.run()
             except StopIteration:
                 if self._error is not None:
                     raise self._error from self._error.__cause__
                 raise
             batch = self._in_pipeline.popleft()
-            samples += [_sample(columns, row, sent.sample_id) for row, sent in enumerate(batch.samples)]
+            # `at` copies, so a sample that is kept keeps no batch of DALI's alive
+            samples += [_taken_apart(rows.at(row), number) for row, number in enumerate(batch.sample_ids)]
             if batch.ends_step:
                 return samples
 
@@ -92,13 +89,29 @@ def _batches(samples: Sequence[PackedSample]) -> Iterator[Batch]:
     assert samples, "a step without samples"
     for start in range(0, len(samples), ROWS_PER_BATCH):
         end = start + ROWS_PER_BATCH
-        yield Batch(tuple(samples[start:end]), ends_step=end >= len(samples))
+        piece = samples[start:end]
+        rows = [_joined(sample) for sample in piece]
+        yield Batch(rows, [sample.sample_id for sample in piece], ends_step=end >= len(samples))
 
 
-def _sample(columns: Sequence, row: int, sample_id: int) -> PackedSample:
-    """One row of DALI's output; `at` copies, so a sample that is kept keeps no batch of DALI's alive."""
-    arrays = {field: column.at(row) for field, column in zip(FIELDS, columns, strict=True)}
-    return PackedSample(sample_id=sample_id, **arrays)
+def _joined(sample: PackedSample) -> np.ndarray:
+    """int32 [1 + 3 S + n]: S, tokens, labels, the bits of the loss mask, document lengths; DALI's cost is per array."""
+    length = np.array([len(sample.tokens_S)], np.int32)
+    mask_S = sample.loss_mask_S.view(np.int32)
+    return np.concatenate((length, sample.tokens_S, sample.labels_S, mask_S, sample.document_lengths))
+
+
+def _taken_apart(row: np.ndarray, sample_id: int) -> PackedSample:
+    """The transpose of `_joined`."""
+    length = int(row[0])
+    tokens_S, labels_S, mask_S, document_lengths = np.split(row[1:], [length, 2 * length, 3 * length])
+    return PackedSample(
+        tokens_S=tokens_S,
+        labels_S=labels_S,
+        loss_mask_S=mask_S.view(np.float32),
+        document_lengths=document_lengths,
+        sample_id=sample_id,
+    )
 
 
 def _pipeline(loader: DaliLoader) -> Pipeline:
@@ -107,9 +120,9 @@ def _pipeline(loader: DaliLoader) -> Pipeline:
         batch_size=ROWS_PER_BATCH, num_threads=1, device_id=None, prefetch_queue_depth=QUEUE_BATCHES
     )
     with pipeline:
-        outputs = fn.external_source(
-            source=loader.next_batch, num_outputs=len(FIELDS), batch=True, dtype=list(FIELDS.values())
+        rows = fn.external_source(
+            source=loader.next_batch, batch=True, dtype=types.DALIDataType.INT32, no_copy=True
         )
-        pipeline.set_outputs(*outputs)
+        pipeline.set_outputs(rows)
     pipeline.build()
     return pipeline

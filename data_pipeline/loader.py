@@ -17,6 +17,9 @@ from data_pipeline.pack import PackedSample
 
 _LOG = logging.getLogger(__name__)
 
+CLOSED = "the data loader is closed: no step can be read from it"
+"""What reading from a closed loader of either front says."""
+
 Front = Literal["auto", "dali", "thread"]
 
 

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from data_pipeline.loader import Dataset, Loader
+from data_pipeline.loader import CLOSED, Dataset, Loader
 from data_pipeline.pack import PackedSample
 
 CLOSE_TIMEOUT_S = 5.0
@@ -81,7 +81,7 @@ class ThreadLoader(Loader):
                     raise RuntimeError("the reading thread of the data loader died without a word")
                 self._changed.wait(LIFE_CHECK_S)
             if self._closed:
-                raise RuntimeError("the data loader is closed: no step can be read from it")
+                raise RuntimeError(CLOSED)
             item = self._ready[0]
             # An end stays in the queue: asking again gives the same answer.
             if isinstance(item, list):
