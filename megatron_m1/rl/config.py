@@ -42,6 +42,8 @@ class RolloutConfig:
     max_staleness_batches: int = 2
     """Oldest weights, in generation batches, that may have a part in a batch when its updates begin. A cut sample that
     would be older is generated anew; a finished group that waited longer is dropped, and counted."""
+    replay_experts: bool = False
+    """Routers take in training the experts that they took in generation, instead of choosing anew."""
     correction_at_most: float = 2.0
     """Bound of pi_old / pi_generated, the weight that corrects tokens of older weights or of another engine."""
 

@@ -39,6 +39,7 @@ class OwnEngine:
             slots=rollout.slots,
             prefill_tokens=rollout.prefill_tokens,
             repetition=self.config.repetition,
+            record_experts=rollout.replay_experts,
         )
         generator = Generator(self.chunks, self.groups, settings, version=version, text_of=self.text_of)
         return generator.run(requests, max_passes=max_passes)

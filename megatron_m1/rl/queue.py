@@ -1,11 +1,13 @@
 """The rollout queue as a value: prompts in generation, groups to be scored, groups to be learnt from.
 
-All of it lies in the checkpoint, as JSON and four flat arrays; texts are decoded again, and prompts come from the book.
+All of it lies in the checkpoint, as JSON and flat arrays; texts are decoded again, and prompts come from the book.
 Legend: S tokens of one sample, N tokens of all samples.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +21,15 @@ from megatron_m1.rl.rewards.length_watch import LengthWatchState
 from megatron_m1.rl.sample import Group, Prompt, Sample, Score
 from megatron_m1.rl.window import WindowState
 
-_ARRAYS = {"tokens": np.int64, "log_probs": np.float32, "versions": np.int32, "old_log_probs": np.float32}
+_ARRAYS = {
+    "tokens": np.int64,
+    "log_probs": np.float32,
+    "versions": np.int32,
+    "old_log_probs": np.float32,
+    "experts": np.int16,
+}
+
+_PLAIN = ("updates_left", "num_batches", "trained_tokens", "kept_share", "credits", "scores", "batch_metrics")
 
 
 @dataclass(slots=True, eq=False)
@@ -101,20 +111,12 @@ class Queue:
             "collapse": asdict(self.collapse),
             "length_watch": asdict(self.length_watch),
         }
-        plain = (
-            "updates_left",
-            "num_batches",
-            "trained_tokens",
-            "kept_share",
-            "credits",
-            "scores",
-            "batch_metrics",
-        )
-        about |= {name: getattr(self, name) for name in plain}
+        about |= {name: getattr(self, name) for name in _PLAIN}
         arrays = {
             f"rl.{name}": np.concatenate([np.zeros(0, dtype), *flat[name]]) for name, dtype in _ARRAYS.items()
         }
-        return about, arrays
+        # a copy: the checkpoint is written while the queue goes on
+        return json.loads(json.dumps(about, allow_nan=False)), arrays
 
     @classmethod
     def load(
@@ -146,15 +148,7 @@ class Queue:
                 **watch | {name: tuple(watch[name]) for name in ("lengths", "task_values")}
             ),
         )
-        for name in (
-            "updates_left",
-            "num_batches",
-            "trained_tokens",
-            "kept_share",
-            "credits",
-            "scores",
-            "batch_metrics",
-        ):
+        for name in _PLAIN:
             setattr(found, name, about[name])
         return found
 
@@ -169,7 +163,10 @@ def _dump_sample(sample: Sample, old_S: np.ndarray | None, flat: dict[str, list[
     flat["log_probs"].append(sample.log_probs_S)
     flat["versions"].append(sample.versions_S)
     flat["old_log_probs"].append(np.zeros(len(sample.tokens_S), np.float32) if old_S is None else old_S)
-    return [sample.sample_id, len(sample.tokens_S), sample.finish]
+    experts = sample.experts_WLk
+    if experts is not None:
+        flat["experts"].append(experts.reshape(-1).astype(np.int16))
+    return [sample.sample_id, len(sample.tokens_S), sample.finish, None if experts is None else experts.shape]
 
 
 def _dump_started(
@@ -204,10 +201,10 @@ class _Reader:
     def __init__(self, arrays: Mapping[str, np.ndarray], text_of: Callable[[np.ndarray], str]) -> None:
         self._arrays = {name: arrays.get(f"rl.{name}", np.zeros(0, dtype)) for name, dtype in _ARRAYS.items()}
         self._text_of = text_of
-        self._place = 0
+        self._place = self._experts_place = 0
 
     def _sample(self, prompt_id: int, stored: list[Any]) -> tuple[Sample, np.ndarray]:
-        number, length, finish = stored
+        number, length, finish, experts_shape = stored
         part = slice(self._place, self._place + length)
         self._place += length
         tokens_S = self._arrays["tokens"][part]
@@ -219,8 +216,16 @@ class _Reader:
             versions_S=self._arrays["versions"][part],
             finish=finish,
             text=self._text_of(tokens_S),
+            experts_WLk=self._experts(experts_shape),
         )
         return sample, self._arrays["old_log_probs"][part]
+
+    def _experts(self, shape: Sequence[int] | None) -> np.ndarray | None:
+        if shape is None:
+            return None
+        start = self._experts_place
+        self._experts_place += math.prod(shape)
+        return self._arrays["experts"][start : self._experts_place].reshape(shape)
 
     def started(self, stored: dict[str, Any], prompt_of: Callable[[int], Prompt]) -> Started:
         """A prompt in generation."""

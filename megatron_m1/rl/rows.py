@@ -43,6 +43,8 @@ class PolicyRow:
     sample_id: int
     columns: dict[str, np.ndarray]
     """fp32 [S] each of `COLUMNS`; weights are 0 on prompts and padding."""
+    experts_SLk: np.ndarray | None = None
+    """Experts to take again, -1 for tokens without a record; None: routers choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def pack_answers(
     floats = {name: np.zeros((num_rows, row_tokens), dtype=np.float32) for name in COLUMNS}
     mask = np.zeros((num_rows, row_tokens), dtype=np.float32)
     documents: list[list[tuple[int, int]]] = [[] for _ in range(num_rows)]
+    experts = _recorded_experts(answers, spots, num_rows, row_tokens)
     places = []
     for answer, (row, first), length in zip(answers, spots, lengths, strict=True):
         whole = np.concatenate([answer.prompt_S, answer.sample.tokens_S])
@@ -112,10 +115,26 @@ def pack_answers(
             _lengths(documents[row], row_tokens),
             row,
             {name: values[row] for name, values in floats.items()},
+            None if experts is None else experts[row],
         )
         for row in range(num_rows)
     ]
     return rows, places
+
+
+def _recorded_experts(
+    answers: Sequence[Answer], spots: Sequence[tuple[int, int]], num_rows: int, row_tokens: int
+) -> np.ndarray | None:
+    """[rows, S, L, k], -1 where nothing was recorded; None when no answer has a record."""
+    known = [answer.sample.experts_WLk for answer in answers]
+    first = next((experts for experts in known if experts is not None), None)
+    if first is None:
+        return None
+    found = np.full((num_rows, row_tokens, *first.shape[1:]), -1, dtype=first.dtype)
+    for experts, (row, start) in zip(known, spots, strict=True):
+        if experts is not None:
+            found[row, start : start + len(experts)] = experts
+    return found
 
 
 def unscored(prompt: Prompt, sample: Sample) -> Answer:
