@@ -14,6 +14,7 @@ import torch.distributed as dist
 from data_pipeline.permute import KeyedPermutation, derive_key
 from data_pipeline.synthetic import TASKS, make_problem
 from megatron_m1.learner import LearnerParts
+from megatron_m1.report import Report
 from megatron_m1.rl.batch_metrics import write_table
 from megatron_m1.rl.engine import OwnEngine
 from megatron_m1.rl.loop import PolicyTrainer
@@ -63,9 +64,7 @@ def open_prompts(stage: Stage) -> PromptBook:
     return book
 
 
-def train_policy(
-    stage: Stage, book: PromptBook, parts: LearnerParts, say: Callable[[str], None]
-) -> PolicyTrainer:
+def train_policy(stage: Stage, book: PromptBook, parts: LearnerParts, report: Report) -> PolicyTrainer:
     """Train the stage from where it is to its end; its trainer, for what is said at the end.
 
     Raises:
@@ -94,7 +93,7 @@ def train_policy(
         end_token=encoder.end_id,
         text_of=text_of,
     )
-    say(config.rl.loss.describe())
+    report.say(config.rl.loss.describe())
     with parts.vitals, Scoring(rewards, config.rl.pool, config.rl.scoring, queue.scores) as scoring:
 
         def state() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -119,7 +118,7 @@ def train_policy(
             position=parts.position,
             first=stage.first,
             accepts=parts.vitals.judge.accepts,
-            write_table=lambda step, seen: _write_table(stage, step, seen),
+            write_table=lambda step, seen: _write_table(stage, report, step, seen),
         )
         trainer.run()
     return trainer
@@ -166,6 +165,8 @@ def _check_lengths(book: PromptBook, window: int) -> None:
             )
 
 
-def _write_table(stage: Stage, step: int, seen: Seen) -> None:
+def _write_table(stage: Stage, report: Report, step: int, seen: Seen) -> None:
     if dist.get_rank() == 0:
-        write_table(stage.config.run_dir / "samples" / f"step_{step:08d}.json", seen.groups)
+        path = stage.config.run_dir / "samples" / f"step_{step:08d}.json"
+        write_table(path, seen.groups)
+        report.keep(step, path)

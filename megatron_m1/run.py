@@ -167,7 +167,7 @@ def _train_stage(
         stored=extra,
     )
     if isinstance(reader, PromptBook):
-        policy_trainer = train_policy(stage, reader, learner_parts, report.say)
+        policy_trainer = train_policy(stage, reader, learner_parts, report)
         return _end_stage(config, stage, policy_trainer, report, None, is_last=is_last)
     reader.say_what_ends(report)
     trainer, held_out = _train_on_rows(stage, reader, learner_parts, guard, report)

@@ -1,0 +1,132 @@
+"""CISPO against DAPO and GRPO: `python -m tests.bench.policy_losses OUT [seeds] [updates]`; needs `m1 data demo`.
+
+A controlled comparison in miniature of MiniMax-M1 (arXiv 2506.13585, Figure 2): for every seed one warm start, from
+which the three losses go on with the same prompts in the same order, the same schedule of 16 off-policy updates per
+generation batch, and the same settings otherwise. Every run is an `m1 train` of the preset `rl-tiny` in one process.
+OUT gets a picture with confidence bands, the numbers as JSON, and the runs; a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_m1.config import load_run
+from megatron_m1.rl.pictures import band_picture, batches_of, smoothed
+
+LOSSES = ("cispo", "dapo", "grpo")
+WIDTH = 3
+_OVERRIDES = (
+    "layout={tp: 1, pp: 1}",
+    "tracking.enabled=false",
+    "rl.updates_per_batch=16",
+    "rl.groups_per_batch=16",
+    "rl.table_every_batches=0",
+    "checkpoint.every_steps=0",
+    "checkpoint.keep=0",
+)
+
+
+def train(out: Path, seed: int, loss: str, updates: int) -> Path:
+    """One run, from the warm start of its seed where there is one; its directory."""
+    run_dir = out / f"{loss}-{seed}"
+    if (run_dir / "outcome.txt").is_file():
+        return run_dir
+    overrides = (
+        *_OVERRIDES,
+        f"run_dir={run_dir}",
+        f"seed={seed}",
+        f"rl.loss.algorithm={loss}",
+        f"stages.1.training.steps={updates}",
+    )
+    warm_steps = load_run("rl-tiny", overrides).stages[0].training["steps"]
+    place = Path("checkpoints") / f"step_{warm_steps:08d}"
+    warm = out / f"{LOSSES[0]}-{seed}" / place
+    if loss != LOSSES[0]:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(warm, run_dir / place)
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_m1", "train", "rl-tiny", *overrides]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return run_dir
+
+
+def main(out: Path, num_seeds: int = 5, updates: int = 320) -> None:
+    """Train all, then draw and print."""
+    runs = {loss: [train(out, seed, loss, updates) for seed in range(num_seeds)] for loss in LOSSES}
+    names = ("pass_rate", "low_probability_ppo_dropped_share", "clipped_share")
+    found = {loss: [batches_of(run, names) for run in own] for loss, own in runs.items()}
+    length = min(len(batches["step"]) for own in found.values() for batches in own)
+    # batches begin at other steps only where one had fewer groups than updates
+    steps = np.mean([b["step"][:length] - b["step"][0] for own in found.values() for b in own], axis=0)
+    curves = {
+        loss: np.stack([smoothed(batches["pass_rate"][:length], WIDTH) for batches in own])
+        for loss, own in found.items()
+    }
+    band_picture(curves, steps, out / "policy_losses.png", label="share of right answers")
+    dropped = {loss: _dropped(runs[loss]) for loss in LOSSES}
+    (out / "policy_losses.json").write_text(
+        json.dumps(
+            {
+                "steps": steps.tolist(),
+                "curves": {k: v.tolist() for k, v in curves.items()},
+                "dropped": dropped,
+            }
+        )
+    )
+    print(table(curves, steps, dropped))
+
+
+def _dropped(runs: list[Path]) -> float:
+    """Share of the tokens below probability 0.2 whose gradient clipping in the style of PPO drops (DAPO's bounds for
+    CISPO, which itself drops none), over all updates of all seeds."""
+    from megatron_m1.training.spool import read_steps
+
+    rows = [
+        values
+        for run in runs
+        for values in read_steps(run / "metrics.jsonl").values()
+        if values.get("update_skipped") == 0
+    ]
+    weights = [values["low_probability_share"] for values in rows]
+    return float(
+        np.average([values["low_probability_ppo_dropped_share"] for values in rows], weights=weights)
+    )
+
+
+def table(curves: dict[str, np.ndarray], steps: np.ndarray, dropped: dict[str, float]) -> str:
+    """What a reader asks: where each ends, how soon each reaches DAPO's best, and what clipping drops."""
+    target = float(curves["dapo"].mean(0).max())
+    reached = {loss: _first(values.mean(0), target, steps) for loss, values in curves.items()}
+    lines = [
+        "| loss | first | last (95 %) | best | updates to DAPO's best | fork tokens dropped |",
+        "|---|---|---|---|---|---|",
+    ]
+    for loss, values in curves.items():
+        mean, error = values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
+        lines.append(
+            f"| {loss} | {mean[0]:.3f} | {mean[-1]:.3f} +- {error[-1]:.3f} | {mean.max():.3f} | "
+            f"{'not reached' if reached[loss] is None else f'{reached[loss]:.0f}'} | {dropped[loss]:.1%} |"
+        )
+    ours, theirs = reached["cispo"], reached["dapo"]
+    if ours is None or theirs is None:
+        lines.append(f"CISPO did not reach DAPO's best mean of {target:.3f} in these updates.")
+    else:
+        verdict = "at most half" if ours <= theirs / 2 else "more than half"
+        lines.append(
+            f"CISPO reached DAPO's best mean of {target:.3f} in {verdict} of its updates ({ours:.0f}/{theirs:.0f})."
+        )
+    return "\n".join(lines)
+
+
+def _first(mean: np.ndarray, target: float, steps: np.ndarray) -> float | None:
+    reached = np.flatnonzero(mean >= target)
+    return float(steps[reached[0]]) if len(reached) else None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
