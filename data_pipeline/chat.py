@@ -81,6 +81,22 @@ class ChatEncoder:
             for rendered in self._template.render(self._quoted(messages), self._quoted(tools))
         ]
 
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> np.ndarray:
+        """Token ids, int32 [S], of a conversation up to where the assistant is to speak.
+
+        Raises:
+            ChatError: no conversation, or one that the template refuses.
+        """
+        check_messages(messages)
+        text = self._template.prompt(self._quoted(messages), self._quoted(tools))
+        return np.asarray(self._ids_of(text), np.int32)
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a turn, by the tokenizer's `eos_token`; None where it names none."""
+        name = self._template.special_tokens.get("eos_token")
+        return self._special_ids.get(name) if name else None
+
     def _quoted(self, value: Any) -> Any:
         """The same messages with the names of special tokens broken up, and without characters that are ours."""
         if isinstance(value, str):

@@ -88,7 +88,7 @@ class ChatTemplate:
                 f"the chat template does not parse ({error}): it is the Jinja text of 'chat_template' in "
                 f"{CONFIG_NAME}; repair it"
             ) from error
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
         self.has_marks = re.search(r"\{%-?\s*generation\b", source) is not None
         self._takes_parts = self._find_content_form()
 
@@ -151,12 +151,20 @@ class ChatTemplate:
             for message in given:
                 if isinstance(message.get("content"), str):
                     message["content"] = [{"type": "text", "text": message["content"]}]
-        values = {"messages": given, "tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
+        values = {"messages": given, "tools": tools, "add_generation_prompt": prompt, **self.special_tokens}
         try:
             return self._template.render(values)
         # A template is a program: what it does to a message it was not made for is any exception.
         except Exception as error:
             raise ChatError(f"the chat template refuses it: {error}") from error
+
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+        """The text up to where the assistant is to speak.
+
+        Raises:
+            ChatError: the template refuses the conversation.
+        """
+        return self._text(messages, tools, prompt=True)
 
     def render(self, messages: Sequence[Message], tools: Any = None) -> list[Rendered]:
         """A conversation as texts to train on: one, or one per assistant turn where turns change later.

@@ -1,5 +1,5 @@
-"""The command line: `m1 train`, `m1 data`, `m1 ckpt`, `m1 launch`, `m1 doctor`. Parses, calls one function per command,
-prints its result.
+"""The command line: `m1 train`, `serve`, `generate`, `data`, `ckpt`, `launch`, `doctor`. Parses, calls one function per
+command, prints its result.
 
 Heavy imports stay inside the commands, so that `m1 --help` and `m1 doctor` work where torch or megatron-core
 do not.
@@ -88,6 +88,64 @@ def train(
 
     train_run(config, resume=resume)
     early_end.ignore()
+
+
+@app.command()
+def serve(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run directory, a preset name or a YAML run file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.FIELD=VALUE]...", help="Laid over the run: layout.tp=2 and the like."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; there is no authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    window: Annotated[
+        int, typer.Option(help="Most tokens of prompt and answer; 0: training.sequence_length.")
+    ] = 0,
+    slots: Annotated[int, typer.Option(help="Sequences generated at once, per replica.")] = 32,
+) -> None:
+    """Serve a run's newest weights by OpenAI's interface, on this machine only unless --host says otherwise."""
+    from megatron_m1 import doctor
+
+    doctor.refuse_broken_packages()
+    _hide_known_warnings()
+    from megatron_m1.serving import run as serving
+
+    serving.serve(run, overrides or [], serving.Address(host=host, port=port), window, slots)
+
+
+@app.command()
+def generate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run directory, a preset name or a YAML run file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.FIELD=VALUE]...", help="Laid over the run: layout.tp=2 and the like."
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What is continued.")] = "def main(",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw among the most probable tokens that reach this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Print a continuation of a prompt by a run's newest weights."""
+    from megatron_m1 import doctor
+
+    doctor.refuse_broken_packages()
+    _hide_known_warnings()
+    from megatron_m1.serving import run as serving
+
+    drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    serving.generate(run, overrides or [], prompt, drawing, max_tokens)
 
 
 @data_app.command("demo")

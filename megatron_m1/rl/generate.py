@@ -157,10 +157,6 @@ class Generator:
         self._slots_per_stage = config.slots // stages
         self._unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
 
-    def use_weights(self, version: int) -> None:
-        """The model's weights are those of optimizer step `version` from now on."""
-        self._version = version
-
     @torch.no_grad()
     def run(self, requests: Sequence[Request], *, max_passes: int | None = None) -> list[Sample]:
         """Generate all requests, or cut what is unfinished after `max_passes` passes; the same list on every rank.

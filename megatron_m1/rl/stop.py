@@ -76,3 +76,13 @@ def trailing_run(log_probs_S: np.ndarray, threshold: float) -> int:
     """Tokens at the end of a sample that are all above the threshold, in nats."""
     others = np.flatnonzero(log_probs_S <= threshold)
     return len(log_probs_S) - (int(others[-1]) + 1 if len(others) else 0)
+
+
+def repeats_at(config: RepetitionConfig, window_tokens: int, log_probs_S: np.ndarray) -> int | None:
+    """Tokens of a whole sample after which the stop would have ended it; None where it would not."""
+    limit = config.limit(window_tokens)
+    if not limit or len(log_probs_S) < limit:
+        return None
+    certain_S = np.concatenate([[0], np.cumsum(log_probs_S > math.log(config.probability))])
+    ends = np.flatnonzero(certain_S[limit:] - certain_S[:-limit] == limit)
+    return int(ends[0]) + limit if len(ends) else None

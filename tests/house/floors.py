@@ -27,6 +27,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     # The batch script and the check of the nodes know no model.
     "megatron_m1.launch": ("parallel", "kernels_cuda", "megatron_m1.runfile", "megatron_m1.doctor"),
     "megatron_m1.interop": ("megatron_m1.training", "megatron_m1.model", "parallel", "kernels_cuda"),
+    # An entry as well: the other two commands that run a model.
+    "megatron_m1.serving": ("megatron_m1", "parallel", "kernels_cuda", "data_pipeline"),
     # The entry files: the only ones that meet data_pipeline.
     "megatron_m1": ("megatron_m1", "parallel", "kernels_cuda", "data_pipeline"),
 }

@@ -1,24 +1,24 @@
 """Asks a model behind an OpenAI-compatible endpoint (vLLM, SGLang, `m1 serve`) and gives back its words.
 
-One request, bounded in time as a whole; what a fault means is decided here, once: a fault that may pass is tried again,
-and what stays is either "unavailable" (no answer) or "unreadable" (an answer that is none).
+A fault that may pass is tried again (`generative.py`); what stays is either "unavailable" (no answer) or "unreadable"
+(an answer that is none).
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from megatron_m1.rl.remote import (
+    Remote,
+    RemoteRefused,
+    RemoteUnavailable,
+    RemoteUnreadable,
+    refuse_no_address,
+)
 from megatron_m1.rl.rewards.interface import JudgeUnavailable, JudgeUnreadable
 
 MAX_ANSWER_BYTES = 8 << 20
-# too many requests, and the server's own troubles: they may pass
-PASSING_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +41,7 @@ class JudgeConfig:
     """Longest answer."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"judge url={self.url!r} is no endpoint: allowed are http:// and https:// addresses; write the base of "
-                "the OpenAI-compatible interface, such as http://host:8000/v1"
-            )
+        refuse_no_address("judge url", self.url)
         if self.request_timeout_s <= 0 or self.attempts < 1 or self.wait_s < 0 or self.max_tokens < 1:
             raise ValueError(
                 f"judge has request_timeout_s={self.request_timeout_s}, attempts={self.attempts}, "
@@ -112,46 +107,17 @@ def request(config: JudgeConfig, method: str, path: str, body: dict[str, Any] | 
     Raises:
         JudgeUnavailable, JudgeUnreadable: as `ask`.
     """
-    parts = urlsplit(config.url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    deadline = time.monotonic() + config.request_timeout_s
-    # not urllib.request, which would take a proxy from the environment
-    connection = kind(parts.hostname or "", parts.port, timeout=config.request_timeout_s)
-    headers = {"Content-Type": "application/json"}
-    if config.key_file is not None:
-        headers["Authorization"] = f"Bearer {Path(config.key_file).read_text(encoding='utf-8').strip()}"
+    remote = Remote(
+        url=config.url,
+        key_file=config.key_file,
+        request_timeout_s=config.request_timeout_s,
+        max_answer_bytes=MAX_ANSWER_BYTES,
+    )
     try:
-        content = None if body is None else json.dumps(body)
-        connection.request(method, parts.path.rstrip("/") + path, body=content, headers=headers)
-        response = connection.getresponse()
-        received = _read(connection, response, deadline)
-    except (OSError, http.client.HTTPException) as error:
-        raise JudgeUnavailable(f"the judge at {config.url}: {type(error).__name__}: {error}") from error
-    finally:
-        connection.close()
-    if response.status != 200:
-        said = received[:200].decode(errors="replace")
-        kind_of_refusal = JudgeUnavailable if response.status in PASSING_STATUS else RefusedForGood
-        raise kind_of_refusal(f"the judge at {config.url} refused with status {response.status}: {said}")
-    try:
-        return json.loads(received)
-    except ValueError as error:
-        raise JudgeUnreadable(f"{config.url} sent no JSON: {received[:200]!r}") from error
-
-
-def _read(
-    connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float
-) -> bytes:
-    """All of an answer; a judge that sends a byte now and then is out of time as well."""
-    received = b""
-    while len(received) < MAX_ANSWER_BYTES:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the answer did not end in time")
-        if connection.sock is not None:
-            connection.sock.settimeout(left)
-        chunk = response.read1(1 << 16)
-        if not chunk:
-            return received
-        received += chunk
-    raise TimeoutError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        return remote.exchange(method, path, body)
+    except RemoteRefused as error:
+        raise RefusedForGood(f"the judge at {error}") from error
+    except RemoteUnavailable as error:
+        raise JudgeUnavailable(f"the judge at {error}") from error
+    except RemoteUnreadable as error:
+        raise JudgeUnreadable(f"the judge at {error}") from error
