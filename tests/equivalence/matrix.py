@@ -14,6 +14,8 @@ class Case:
     layout: Layout
     micro_batch: int = 1
     options: dict = field(default_factory=dict)
+    packs: int = 0
+    """Which packs of documents the rows hold."""
 
     @property
     def name(self) -> str:
@@ -24,6 +26,7 @@ class Case:
         )
         switches = [f"{name}={value}" for name, value in self.options.items()]
         rows = [f"micro{self.micro_batch}"] if self.micro_batch > 1 else []
+        rows += [f"packs{self.packs}"] if self.packs else []
         no_sp = ["no-sp"] if self.layout.tp > 1 and not self.layout.sequence_parallel else []
         return "-".join([sizes or "one", *no_sp, *self._context_switches, *rows, *switches])
 

@@ -53,11 +53,13 @@ class Row:
     sample_id: int
 
 
-def make_row(sample_id: int) -> Row:
-    """The row is a function of its number alone."""
-    random = np.random.default_rng(sample_id)
+def make_row(sample_id: int, packs: int = 0) -> Row:
+    """The row is a function of its number and of the packs; in packs 0 rows have 1 to 4 documents, in others up to 12,
+    some of one token."""
+    random = np.random.default_rng([sample_id, packs] if packs else sample_id)
     tokens = random.integers(0, MODEL.vocab_size, SEQUENCE + 1)
-    cuts = np.sort(random.choice(np.arange(1, SEQUENCE), size=sample_id % 4, replace=False))
+    num_cuts = random.integers(0, 12) if packs else sample_id % 4
+    cuts = np.sort(random.choice(np.arange(1, SEQUENCE), size=num_cuts, replace=False))
     lengths = np.diff(np.concatenate([[0], cuts, [SEQUENCE]]))
     mask = (random.random(SEQUENCE) < (0.2, 0.9)[sample_id % 2]).astype(np.float32)
     return Row(tokens[:-1], tokens[1:], mask, lengths, sample_id)
@@ -96,7 +98,10 @@ def _run_case(case: Case) -> dict[str, Any]:
     for step in range(STEPS):
         microbatches = [
             make_microbatch(
-                [make_row(i) for i in ids], global_rows=GLOBAL_ROWS, device=groups.device, piece=groups.piece
+                [make_row(i, case.packs) for i in ids],
+                global_rows=GLOBAL_ROWS,
+                device=groups.device,
+                piece=groups.piece,
             )
             for ids in _ids(case, groups, step)
         ]

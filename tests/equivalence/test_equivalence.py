@@ -15,17 +15,21 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.multiprocess
 
 
-def _reference_of(case: Case) -> Case:
+def reference_of(case: Case) -> Case:
     """One process with the same mathematics: only the switches that change the result are kept."""
     same = ("recompute", "overlap", "experts")
     kept = {name: value for name, value in case.options.items() if name not in same}
-    return Case(type(case.layout)(), 1, kept)
+    return Case(type(case.layout)(), 1, kept, case.packs)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[dict[str, Any]]]:
-    """Case name -> what each rank brought back; one launch per world size."""
-    cases = {case.name: case for case in [*MATRIX, *(_reference_of(case) for case in MATRIX)]}
+    return run_all(MATRIX)
+
+
+def run_all(wanted: list[Case]) -> dict[str, list[dict[str, Any]]]:
+    """Case name -> what each rank brought back, references too; one launch per world size."""
+    cases = {case.name: case for case in [*wanted, *(reference_of(case) for case in wanted)]}
     worlds = sorted({case.layout.world_size for case in cases.values()})
     found: dict[str, list[dict[str, Any]]] = {}
     for world in worlds:
@@ -38,7 +42,12 @@ def results() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, results: dict[str, list[dict[str, Any]]]) -> None:
-    ranks, [one] = results[case.name], results[_reference_of(case).name]
+    assert_equal(case, results)
+
+
+def assert_equal(case: Case, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Everything that the ranks brought back against one process."""
+    ranks, [one] = results[case.name], results[reference_of(case).name]
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], one["losses"], rtol=tolerances.LOSS)
         np.testing.assert_allclose(rank["auxiliary"], one["auxiliary"], rtol=tolerances.LOSS)

@@ -16,6 +16,8 @@ from tests.tolerances import GENERATED_LOG_PROB
 LAYOUTS = [
     Layout(cp=4),
     Layout(cp=4, cp_split="contiguous", cp_exchange="ring", cp_attention="all_gather"),
+    Layout(cp=4, cp_exchange="hierarchical", cp_inner=2),
+    Layout(cp=2, dp=2, ep=4, cp_split="contiguous"),
     Layout(tp=2, cp=2, ep=2),
 ]
 
