@@ -91,6 +91,8 @@ def _heat_map(axes: Axes, grid: NeedleGrid) -> AxesImage:
 
 def _short(tokens: int) -> str:
     """A length as people say it: 16K for 16384."""
+    if not tokens:
+        return "0"
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"
@@ -109,9 +111,15 @@ def position_picture(curves: dict[str, LossByPosition], path: Path) -> None:
     for name, curve in curves.items():
         axes.stairs(curve.loss_nats, curve.borders, label=name, linewidth=1.6, baseline=None)
     axes.set_xscale("symlog", base=2, linthresh=64)
+    borders = sorted({border for curve in curves.values() for border in curve.borders})
+    axes.set_xticks(borders, [_short(border) for border in borders], fontsize=8)
+    axes.minorticks_off()
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("loss, nats per token")
-    axes.legend()
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

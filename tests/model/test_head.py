@@ -109,6 +109,12 @@ def test_a_bf16_head_sums_its_chunks_in_fp32(alone):
     expected = expected_loss_and_gradients(head.weight, x.bfloat16(), labels)
     assert found[2].dtype == torch.bfloat16
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-2
+    # sums of a thousand chunks in bf16 would be off by far more than its last digit
+    generator = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(1000, 64, generator=generator), torch.randint(96, (1000,), generator=generator)
+    in_chunks = loss_and_gradients(head, x.bfloat16(), labels)[2]
+    head.tokens_per_chunk = 1000
+    assert relative(in_chunks, loss_and_gradients(head, x.bfloat16(), labels)[2].float()) < 4e-3
 
 
 def test_no_tensor_holds_the_logits_of_more_than_a_chunk(alone):

@@ -24,7 +24,7 @@ run_dir: {run_dir}
 model:
   {{num_layers: 2, softmax_every: 2, hidden_size: 32, num_heads: 2, num_kv_heads: 2, head_dim: 16, rotary_dim: 8,
     num_experts: 2, ffn_size: 32, vocab_size: 400}}
-layout: {{cp: 2}}
+layout: {{}}
 data:
   sources: [{{kind: synthetic, task: needle}}]
   held_out: [{{name: held out, kind: synthetic, task: needle}}]
