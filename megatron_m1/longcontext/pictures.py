@@ -63,7 +63,7 @@ def progress_picture(grids: Sequence[tuple[str, int, NeedleGrid]], title: str, p
             axes.axvline(left, color="#b3261e", linewidth=1.6)
         for i, share in enumerate(grid.found_LD.mean(1)):
             axes.text(i, -0.75, f"{share:.0%}", ha="center", va="bottom", fontsize=6.5)
-        axes.set_title(f"after stage {name}", fontsize=10, pad=17)
+        axes.set_title(f"after stage {name}", fontsize=10, pad=22)
         if axes is not panels[0]:
             axes.set_ylabel("")
     figure.suptitle(title, fontsize=11)

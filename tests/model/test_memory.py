@@ -105,3 +105,13 @@ def test_offload_leaves_only_small_tensors_and_forgets_after_backward(alone, pla
     assert found.kept_bytes < 0.35 * plain.kept_bytes
     assert len(copies) > MODEL.num_layers
     assert not [copy for copy in copies if copy() is not None]
+
+
+def test_what_was_taken_back_is_not_kept_a_second_time():
+    place = memory.HostCopies(lambda: iter(()), torch.device("cpu"))
+    first = memory._HostCopy(torch.arange(4.0), None, place)
+    second = memory._HostCopy(torch.arange(4.0, 8.0), weakref.ref(first), place)
+    taken = second.take_back()
+    assert taken.tolist() == [4.0, 5.0, 6.0, 7.0]
+    # backward needs the first one next: it travels already, and the second one is the caller's alone
+    assert second._fetched is None and first._fetched is not None
