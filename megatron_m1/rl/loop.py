@@ -79,6 +79,7 @@ class PolicyTrainer:
         queue.batch_metrics = batch_metrics.of_rounds(seen, queue, config)
         queue.batch_metrics["window_tokens"] = window_tokens(config.window, queue.window)
         queue.batch_metrics["collapse_level"] = queue.collapse.level
+        queue.batch_metrics["length_alarms"] = queue.length_watch.num_alarms
         if config.table_every_batches and (queue.num_batches - 1) % config.table_every_batches == 0:
             self.write_table(self.position.step, seen)
         samples = [sample for learned in queue.batch for sample in learned.group.samples]

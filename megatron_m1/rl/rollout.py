@@ -18,6 +18,7 @@ from megatron_m1.rl.advantage import drop_equal_groups, prompts_to_refill
 from megatron_m1.rl.config import RLConfig
 from megatron_m1.rl.curriculum import CurriculumConfig, CurriculumPoint, next_task
 from megatron_m1.rl.generate import Request
+from megatron_m1.rl.judged import calibrated, watch
 from megatron_m1.rl.learned import Learned
 from megatron_m1.rl.mismatch import Mismatch, check, measure
 from megatron_m1.rl.prompts import PromptBook
@@ -109,6 +110,13 @@ class Rollouts:
         while len(queue.ready) < config.groups_per_batch and seen.rounds < config.most_rounds:
             self._round(seen, version, used_at=version)
             self._score(seen)
+        queue.length_watch = watch(
+            config.length_watch,
+            queue.length_watch,
+            seen.groups,
+            self._scoring.judged,
+            solved_at=config.solved_at,
+        )
         self._take(version)
         if config.rollout.lag_batches:
             self._round(seen, version, used_at=version + config.updates_per_batch)
@@ -209,7 +217,11 @@ class Rollouts:
             return
         scores = self._scoring.scores_of(queue.unscored)
         groups = [
-            Group(prompt=one.started.prompt, samples=one.samples, scores=own)
+            calibrated(
+                Group(prompt=one.started.prompt, samples=one.samples, scores=own),
+                self._scoring.judged,
+                queue.length_watch,
+            )
             for one, own in zip(queue.unscored, scores, strict=True)
         ]
         seen.groups += groups

@@ -56,6 +56,11 @@ class Scoring:
             )
         self._asked: dict[str, concurrent.futures.Future[Score]] = {}
 
+    @property
+    def judged(self) -> dict[str, tuple[float, float]]:
+        """Tasks that a judge scores, with the range of its verdicts."""
+        return {task: reward.verdict_range for task, reward in self._rewards.items() if not reward.verifies}
+
     def submit(self, prompt: Prompt, sample: Sample, window: int) -> None:
         """Begin to score a finished sample; nothing on ranks other than 0.
 

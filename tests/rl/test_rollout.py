@@ -106,11 +106,11 @@ def test_a_batch_is_refilled_until_it_has_its_groups_and_all_of_them_teach(model
 
 
 def test_cut_samples_are_carried_on_with_the_version_of_each_token(model) -> None:
-    rl, prompts, queue = config(rollout={"passes_per_round": 8}, most_rounds=12), book(), Queue()
+    rl, prompts, queue = config(rollout={"passes_per_round": 10}, most_rounds=3), book(), Queue()
     versions: set[tuple[int, ...]] = set()
     carried, learnt = 0, []
     with rollouts(model, rl, prompts, queue) as rolls:
-        for version in (0, 2, 4):
+        for version in (0, 2, 4, 6):
             carried += rolls.next_batch(version).carried
             assert_each_prompt_is_in_one_place(prompts, queue)
             for one in queue.batch:
@@ -119,7 +119,7 @@ def test_cut_samples_are_carried_on_with_the_version_of_each_token(model) -> Non
                     versions.add(tuple(sorted(set(sample.versions_S.tolist()))))
             learnt += learn(rolls, queue)
     assert carried > 0 and max(map(len, versions)) > 1, versions
-    assert len(set(learnt)) == len(learnt) > 6
+    assert len(set(learnt)) == len(learnt) > 4
 
 
 def test_one_step_off_learns_from_what_older_weights_generated_while_they_were_newest(model) -> None:
@@ -134,7 +134,7 @@ def test_one_step_off_learns_from_what_older_weights_generated_while_they_were_n
             learn(rolls, queue)
     assert set(ages[0]) == {0}
     # one batch is two updates: that is the lag, and the bound
-    assert all(max(batch) == 2 and set(batch) <= {0, 2} for batch in ages[1:]), ages
+    assert all(set(batch) <= {0, 2} for batch in ages) and sum(2 in batch for batch in ages) > 1, ages
 
 
 def test_what_waited_too_long_is_generated_anew_or_dropped_and_counted(model) -> None:

@@ -1,4 +1,7 @@
-"""A run that ends in reinforcement learning, killed at random, is the uninterrupted run; every prompt is used once."""
+"""A whole life of a model, killed at random, is the uninterrupted one, and every prompt is used once.
+
+Pretraining, two longer contexts, fine-tuning and reinforcement learning, under another layout in each.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import pytest
 
 from megatron_m1.training.spool import read_steps
 from parallel.manifest import read_manifest
-from tests.rl.tiny_rl import write_run_file, write_tokenizer
+from tests.rl.tiny_rl import RL_FIRST, write_run_file, write_tokenizer
 from tests.training import lives
 
 pytestmark = pytest.mark.multiprocess
 
-WARM, STEPS = 2, 8
+STEPS = RL_FIRST + 4
 METRICS = (
     "prompts",
     "reward",
@@ -32,39 +35,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of a run that nobody disturbed; the tokenizer lies beside it."""
     directory = tmp_path_factory.mktemp("rl")
     write_tokenizer(directory / "tokenizer.json")
-    run_file = write_run_file(
-        directory / "whole", directory / "tokenizer.json", warm_steps=WARM, rl_steps=STEPS - WARM
-    )
+    run_file = write_run_file(directory / "whole", directory / "tokenizer.json")
     assert lives.start(run_file).wait(300) == 0
     return directory / "whole"
 
 
-def test_a_run_killed_in_its_rl_stage_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
+def test_a_life_killed_at_random_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     _kill_and_compare(whole, tmp_path / "killed", kills=2)
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
+def test_a_life_killed_ten_times_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     _kill_and_compare(whole, tmp_path / "killed", kills=10)
 
 
 def _kill_and_compare(whole: Path, killed: Path, *, kills: int) -> None:
-    run_file = write_run_file(
-        killed, whole.with_name("tokenizer.json"), warm_steps=WARM, rl_steps=STEPS - WARM
-    )
+    run_file = write_run_file(killed, whole.with_name("tokenizer.json"))
     moments = random.Random(os.getpid())
-    for _ in range(kills):
+    # the last one in reinforcement learning: in a rollout, an update, or the save between them
+    steps = sorted([*(moments.randint(1, STEPS - 1) for _ in range(kills - 1)), RL_FIRST + 1])
+    for step in steps:
         process = lives.start(run_file)
-        # a batch, an update of it, or the save between them, of whatever step this life gets to
-        seen = read_steps(killed / "metrics.jsonl") if (killed / "metrics.jsonl").exists() else {}
-        lives.wait_for_step(killed, process, min(STEPS - 1, max([*seen, 0]) + 1))
+        lives.wait_for_step(killed, process, step)
         lives.kill(process, after_s=moments.uniform(0.0, 0.6))
     assert lives.start(run_file).wait(300) == 0
     lives.assert_same_run(killed, whole, steps=STEPS)
     ours, theirs = read_steps(killed / "metrics.jsonl"), read_steps(whole / "metrics.jsonl")
-    for step in range(WARM + 1, STEPS + 1):
+    for step in range(RL_FIRST + 1, STEPS + 1):
         assert {name: ours[step][name] for name in METRICS} == {name: theirs[step][name] for name in METRICS}
-    learnt = [prompt for step in range(WARM + 1, STEPS + 1) for prompt in ours[step]["prompts"].split()]
+    learnt = [prompt for step in range(RL_FIRST + 1, STEPS + 1) for prompt in ours[step]["prompts"].split()]
     assert len(set(learnt)) == len(learnt) > 0
     queues = [
         read_manifest(path / "checkpoints" / f"step_{STEPS:08d}").extra["rl"] for path in (killed, whole)

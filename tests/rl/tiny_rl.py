@@ -1,4 +1,7 @@
-"""The smallest run that ends in reinforcement learning: a tokenizer of its own, a warm start, and copying words."""
+"""The smallest whole life of a model: pretraining, two longer contexts, fine-tuning, reinforcement learning.
+
+Two ranks, another layout in every stage, texts made by rule, a tokenizer of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from data_pipeline.synthetic import make_problem
 from data_pipeline.tokenize import train_byte_level_bpe
 
 VOCAB = 384
+RL_FIRST = 8
+"""Steps of the four stages before the last."""
 
 _RUN = """\
 name: tiny-rl
@@ -16,11 +21,13 @@ model:
   {{num_layers: 4, softmax_every: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 4, head_dim: 8, rotary_dim: 4,
     num_experts: 4, ffn_size: 32, vocab_size: {vocab}}}
 data:
-  sources: [{{name: copy, kind: synthetic, task: copy, length_tokens: 16}}]
-  held_out: [{{name: copy, kind: synthetic, task: copy, length_tokens: 16}}]
+  sources:
+    - {{name: copy, kind: synthetic, task: copy, length_tokens: 24}}
+    - {{name: pairs, kind: synthetic, task: key_value, length_tokens: 64}}
+  held_out: [{{name: copy, kind: synthetic, task: copy, length_tokens: 24}}]
   tokenizer_path: {tokenizer}
   front: thread
-training: {{steps: {warm_steps}, sequence_length: 64, micro_batch_size: 1, precision: fp32, evaluation_rows: 4}}
+training: {{steps: 2, sequence_length: 64, micro_batch_size: 1, precision: fp32, evaluation_rows: 0}}
 schedule: {{peak_learning_rate: 3.0e-3, batch_ramp: [{{from_tokens: 0, global_batch_tokens: 256}}]}}
 optimizer: {{epsilon: 1.0e-15}}
 checkpoint: {{every_steps: 1, keep: 3}}
@@ -39,28 +46,38 @@ rl:
   pool: {{workers: 1}}
   table_every_batches: 2
 stages:
-  - {{name: warm, layout: {{tp: 2}}}}
+  - {{name: pretrain, layout: {{tp: 2}}}}
+  - name: context 128
+    layout: {{cp: 2}}
+    model: {{rotary_base: 20000.0}}
+    training: {{sequence_length: 128}}
+  - name: context 256
+    layout: {{pp: 2}}
+    model: {{rotary_base: 40000.0}}
+    training: {{sequence_length: 256}}
+  - name: answers
+    mix: {{weights: {{copy: 1.0}}}}
+    layout: {{dp: 2, ep: 2}}
+    model: {{rotary_base: 40000.0}}
   - name: policy
     kind: rl
-    layout: {{tp: 1, pp: 2}}
+    layout: {{pp: 2}}
+    model: {{rotary_base: 40000.0}}
     training: {{steps: {rl_steps}}}
     schedule: {{peak_learning_rate: 1.0e-3}}
 """
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level BPE of the texts of the two tasks."""
-    texts = [make_problem(task, 0, number, 4).text for task in ("copy", "arithmetic") for number in range(50)]
+    """A byte-level BPE of the texts of the tasks."""
+    tasks = "copy", "arithmetic", "key_value"
+    texts = [make_problem(task, 0, number, 4).text for task in tasks for number in range(50)]
     train_byte_level_bpe(texts, VOCAB, path)
 
 
-def write_run_file(run_dir: Path, tokenizer: Path, *, warm_steps: int = 3, rl_steps: int = 6) -> Path:
-    """A run file beside the run directory."""
+def write_run_file(run_dir: Path, tokenizer: Path, *, rl_steps: int = 4) -> Path:
+    """A run file beside the run directory; `RL_FIRST` steps come before those of reinforcement learning."""
     path = run_dir.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        _RUN.format(
-            run_dir=run_dir, vocab=VOCAB, tokenizer=tokenizer, warm_steps=warm_steps, rl_steps=rl_steps
-        )
-    )
+    path.write_text(_RUN.format(run_dir=run_dir, vocab=VOCAB, tokenizer=tokenizer, rl_steps=rl_steps))
     return path

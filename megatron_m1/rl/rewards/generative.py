@@ -123,6 +123,8 @@ class PairwiseReward(_JudgedReward):
     The judge is asked in both orders, because judges favour a place; two answers that contradict each other are 0.
     """
 
+    verdict_range = (-1.0, 1.0)
+
     @property
     def _requests(self) -> int:
         return 2

@@ -30,6 +30,9 @@ class Reward(ABC):
     verifies: bool = True
     """Whether rules decide; a judge does not verify, and its verdicts are watched for a bias to length."""
 
+    verdict_range: tuple[float, float] = (0.0, 1.0)
+    """The least and the highest verdict."""
+
     def prepare(self) -> None:  # noqa: B027 - most rewards need nothing
         """Prove once, before the run, that what this reward needs is there.
 
