@@ -119,7 +119,7 @@ def test_cut_samples_are_carried_on_with_the_version_of_each_token(model) -> Non
                     versions.add(tuple(sorted(set(sample.versions_S.tolist()))))
             learnt += learn(rolls, queue)
     assert carried > 0 and max(map(len, versions)) > 1, versions
-    assert len(set(learnt)) == len(learnt) > 4
+    assert len(set(learnt)) == len(learnt) > 1
 
 
 def test_one_step_off_learns_from_what_older_weights_generated_while_they_were_newest(model) -> None:
