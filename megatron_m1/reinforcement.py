@@ -16,16 +16,18 @@ from data_pipeline.synthetic import TASKS, make_problem
 from megatron_m1.learner import LearnerParts
 from megatron_m1.report import Report
 from megatron_m1.rl.batch_metrics import write_table
-from megatron_m1.rl.engine import OwnEngine
+from megatron_m1.rl.engine import OwnEngine, drawing_of
+from megatron_m1.rl.http_engine import HttpEngine
 from megatron_m1.rl.loop import PolicyTrainer
 from megatron_m1.rl.prompts import PromptBook, PromptSource, Question, puzzles, read_questions
 from megatron_m1.rl.queue import Queue
 from megatron_m1.rl.rewards.interface import check_prompts
-from megatron_m1.rl.rollout import Rollouts, Seen
+from megatron_m1.rl.rollout import Engine, Rollouts, Seen
 from megatron_m1.rl.sample import Prompt
 from megatron_m1.rl.scoring import Scoring
 from megatron_m1.rl.update import Policy
 from megatron_m1.stages import Stage
+from megatron_m1.training.weights import WeightsExport
 
 
 def open_prompts(stage: Stage) -> PromptBook:
@@ -85,14 +87,7 @@ def train_policy(stage: Stage, book: PromptBook, parts: LearnerParts, report: Re
         row_tokens=config.training.sequence_length,
         micro_batch=config.training.micro_batch_size,
     )
-    engine = OwnEngine(
-        chunks=parts.wrapped,
-        groups=parts.groups,
-        config=config.rl,
-        seed=config.seed,
-        end_token=encoder.end_id,
-        text_of=text_of,
-    )
+    engine = _engine(stage, parts, text_of, encoder.end_id)
     report.say(config.rl.loss.describe())
     with parts.vitals, Scoring(rewards, config.rl.pool, config.rl.scoring, queue.scores) as scoring:
 
@@ -122,6 +117,29 @@ def train_policy(stage: Stage, book: PromptBook, parts: LearnerParts, report: Re
         )
         trainer.run()
     return trainer
+
+
+def _engine(
+    stage: Stage, parts: LearnerParts, text_of: Callable[[np.ndarray], str], end_token: int
+) -> Engine:
+    """The trainer's own model, or the server of `rl.engine`, which reads weights from the run directory."""
+    config = stage.config
+    if config.rl.engine is None:
+        return OwnEngine(
+            chunks=parts.wrapped,
+            groups=parts.groups,
+            config=config.rl,
+            seed=config.seed,
+            end_token=end_token,
+            text_of=text_of,
+        )
+    window = config.rl.window.stages_tokens[-1]
+    return HttpEngine(
+        config.rl.engine,
+        drawing_of(config.rl, window=window, end_token=end_token, seed=config.seed),
+        text_of=text_of,
+        publish=WeightsExport(config.run_dir / "engine_weights", parts.chunks, parts.groups),
+    )
 
 
 def _stored_queue(book: PromptBook, stored: dict[str, Any], text_of: Callable[[np.ndarray], str]) -> Queue:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from megatron_m1.rl.cispo import PolicyLossConfig
 from megatron_m1.rl.collapse import CollapseConfig
 from megatron_m1.rl.curriculum import CurriculumConfig
+from megatron_m1.rl.http_engine import HttpEngineConfig
 from megatron_m1.rl.mismatch import MismatchConfig
 from megatron_m1.rl.prompts import PromptSource
 from megatron_m1.rl.rewards.length_watch import LengthWatchConfig
@@ -80,6 +81,8 @@ class RLConfig:
     step passes without an update, and is counted."""
     solved_at: float = 1.0
     """Verdict of a task that counts as solved, for pass rates."""
+    engine: HttpEngineConfig | None = None
+    """A server that generates, with the newest weights; None: the trainer's own model, under the training layout."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
@@ -113,6 +116,11 @@ class RLConfig:
             raise ValueError(
                 f"rl.loss.kl_coefficient={self.loss.kl_coefficient} needs a reference model, which the loop does not "
                 "hold: only 0 is allowed here, as in MiniMax-M1; leave it out"
+            )
+        if self.engine is not None and self.rollout.replay_experts:
+            raise ValueError(
+                "rl.rollout.replay_experts is on and rl.engine is a server: router decisions do not travel over HTTP; "
+                "switch one of the two off"
             )
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):

@@ -29,17 +29,22 @@ class OwnEngine:
         self, requests: Sequence[Request], *, window: int, version: int, max_passes: int | None
     ) -> list[Sample]:
         """See `rollout.Engine`."""
-        rollout = self.config.rollout
-        settings = GenerationConfig(
-            window=window,
-            end_token=self.end_token,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            seed=self.seed,
-            slots=rollout.slots,
-            prefill_tokens=rollout.prefill_tokens,
-            repetition=self.config.repetition,
-            record_experts=rollout.replay_experts,
-        )
+        settings = drawing_of(self.config, window=window, end_token=self.end_token, seed=self.seed)
         generator = Generator(self.chunks, self.groups, settings, version=version, text_of=self.text_of)
         return generator.run(requests, max_passes=max_passes)
+
+
+def drawing_of(config: RLConfig, *, window: int, end_token: int, seed: int) -> GenerationConfig:
+    """How samples are drawn under a window of prompt and answer, in tokens."""
+    rollout = config.rollout
+    return GenerationConfig(
+        window=window,
+        end_token=end_token,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        seed=seed,
+        slots=rollout.slots,
+        prefill_tokens=rollout.prefill_tokens,
+        repetition=config.repetition,
+        record_experts=rollout.replay_experts,
+    )
