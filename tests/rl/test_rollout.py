@@ -19,7 +19,7 @@ from megatron_m1.rl.rewards.overlong import OverlongConfig
 from megatron_m1.rl.rewards.pool import PoolConfig
 from megatron_m1.rl.rewards.scorer import ScoringConfig
 from megatron_m1.rl.rollout import Rollouts
-from megatron_m1.rl.sample import Prompt
+from megatron_m1.rl.sample import Prompt, Sample
 from megatron_m1.rl.scoring import Scoring
 from megatron_m1.rl.stop import RepetitionConfig
 from megatron_m1.rl.update import Policy
@@ -173,7 +173,28 @@ def test_a_stored_queue_goes_on_as_if_nothing_had_happened(model, lag: int) -> N
     second_book.taken = about["taken"]
     stored = json.loads(json.dumps(about))
     second = Queue.load(stored, {k: v for k, v in arrays.items() if v.size}, second_book.by_id, text_of)
+    _assert_same_samples(first, second)
     assert go_on(second_book, second, range(2, 4)) == expected
+
+
+def _assert_same_samples(first: Queue, second: Queue) -> None:
+    def samples(queue: Queue) -> list[Sample]:
+        unscored = [one.started for one in queue.unscored]
+        started = [
+            one.samples[number] for one in [*queue.running, *unscored] for number in sorted(one.samples)
+        ]
+        return [*started, *(sample for one in queue.ready for sample in one.group.samples)]
+
+    assert len(samples(first)) == len(samples(second)) > 0
+    for ours, theirs in zip(samples(first), samples(second), strict=True):
+        assert (ours.prompt_id, ours.sample_id, ours.finish) == (
+            theirs.prompt_id,
+            theirs.sample_id,
+            theirs.finish,
+        )
+        assert ours.text == theirs.text
+        for name in ("tokens_S", "log_probs_S", "versions_S"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
 
 
 def test_prompts_without_signal_end_in_an_empty_batch_that_is_counted(model) -> None:
