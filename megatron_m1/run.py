@@ -29,7 +29,7 @@ from megatron_m1.reinforcement import open_prompts, train_policy
 from megatron_m1.report import RUN_FILE, Report, say_result
 from megatron_m1.rl.loop import PolicyTrainer
 from megatron_m1.rl.prompts import PromptBook
-from megatron_m1.saves import SavedParts, Saves, data_of
+from megatron_m1.saves import SavedParts, Saves, broken_set_aside, data_of
 from megatron_m1.stages import Stage, stages_of
 from megatron_m1.training.batch import Row
 from megatron_m1.training.gradient_parts import GradientParts
@@ -167,10 +167,12 @@ def _train_stage(
         stored=extra,
     )
     if isinstance(reader, PromptBook):
-        policy_trainer = train_policy(stage, reader, learner_parts, report)
+        with broken_set_aside(store):
+            policy_trainer = train_policy(stage, reader, learner_parts, report)
         return _end_stage(config, stage, policy_trainer, report, None, is_last=is_last)
     reader.say_what_ends(report)
-    trainer, held_out = _train_on_rows(stage, reader, learner_parts, guard, report)
+    with broken_set_aside(store):
+        trainer, held_out = _train_on_rows(stage, reader, learner_parts, guard, report)
     if guard.explosion:
         store.wait()
         return guard.explosion

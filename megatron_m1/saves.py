@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_pipeline.config import data_identity
 from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.stages import Stage
 from megatron_m1.training.early_end import EarlyEnd
+from megatron_m1.training.health import BrokenRun
 from megatron_m1.training.optimizer import Optimizer
 from megatron_m1.training.state import Position, save_state
 from parallel.checkpoint import CheckpointStore
@@ -93,6 +95,16 @@ class Saves:
         if published is not None and self._begun_s is not None:
             self._early_end.save_took(time.monotonic() - self._begun_s)
             self._begun_s = None
+
+
+@contextmanager
+def broken_set_aside(store: CheckpointStore) -> Iterator[None]:
+    """Where training ends because a step has broken the weights, set aside what was saved after it; collective."""
+    try:
+        yield
+    except BrokenRun as error:
+        store.set_aside(error.broken_step)
+        raise
 
 
 def data_of(stage: Stage, num_mixes: int | None = None) -> dict[str, Any]:

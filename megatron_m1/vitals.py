@@ -59,6 +59,7 @@ class Vitals:
         if health.prometheus_port and rank == 0:
             self._endpoint = MetricsEndpoint(health.prometheus_port, {"run": config.name})
         self._surveyed: dict[str, float] = {}
+        self._saved_s: float | None = None
         self.newest: StepMetrics
         """Of the last step; there once a step was taken."""
         self._stack = ExitStack()
@@ -67,7 +68,8 @@ class Vitals:
         """A step was taken: pass it on with what the last survey found."""
         self.watchdog.beat()
         survey, self._surveyed = self._surveyed, {}
-        metrics = replace(metrics, extra={**metrics.extra, **survey})
+        age = {} if self._saved_s is None else {"checkpoint_age_s": time.monotonic() - self._saved_s}
+        metrics = replace(metrics, extra={**metrics.extra, **survey, **age})
         if self._endpoint:
             values = {"step": metrics.step, "refused_steps": self.judge.refused_steps}
             self._endpoint.update(metrics.values() | values)
@@ -85,6 +87,7 @@ class Vitals:
 
     def saved(self) -> None:
         """A checkpoint was begun."""
+        self._saved_s = time.monotonic()
         if self._endpoint:
             self._endpoint.saved()
 

@@ -343,6 +343,12 @@ class CheckpointStore:
             passed_over.append(entry.problem)
         return None, passed_over
 
+    def set_aside(self, from_step: int) -> None:
+        """Go back before a step that broke the weights: what was saved with it is not resumed from any more."""
+        self.wait()
+        steps = self._agreement.on_first_rank(lambda: disk.set_aside(self.directory, from_step))
+        _LOG.warning("set aside as broken, in %s: checkpoints of steps %s", self.directory, steps)
+
     def prune(self) -> list[int]:
         """Delete all complete checkpoints but the newest `keep` and the pinned one; the deleted steps."""
         return self._agreement.on_first_rank(self._prune) if self._config.keep else []

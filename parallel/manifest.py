@@ -243,6 +243,20 @@ def remove(root: Path, step: int, token: str) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside(root: Path, from_step: int) -> list[int]:
+    """Take the checkpoints of a step and of all later ones out of the run; they stay as `step_....broken`.
+
+    Returns: their steps.
+    """
+    doomed = [entry for entry in list_checkpoints(root) if entry.step >= from_step]
+    for entry in doomed:
+        aside = entry.path.with_name(f"{entry.path.name}.broken")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(entry.path, aside)
+    sync_directory(root)
+    return [entry.step for entry in doomed]
+
+
 def clean(root: Path) -> list[str]:
     """Delete what dead saves and interrupted removals left behind; the names of what was deleted.
 

@@ -5,6 +5,7 @@ Both sides know the sizes in order, so both know every place in the ring; only c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -97,7 +98,9 @@ class Staging:
             if not os.read(self._ready[0], 1):
                 raise EOFError("the trainer has stopped to hand over tensors")
             yield self._view(number)
-            os.write(self._freed[1], b".")
+            # nobody listens any more once all tensors have been handed over
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._freed[1], b".")
 
     def _view(self, number: int) -> torch.Tensor:
         shape, dtype, num_bytes = self._shapes[number]

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_m1 import runfile
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+_SECRET = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|KEY|APIKEY)(_|$)", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -109,6 +110,12 @@ class Site:
                 raise ValueError(
                     f"environment name {name!r} is not a variable: letters, digits and _ are allowed, no digit "
                     "first; correct it in the site file"
+                )
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"environment name {name} looks like a secret's: the batch script is shown and stored, so it may "
+                    "hold none; export it in the shell that submits (sbatch passes the environment on), or keep it in "
+                    "a file that `setup` reads"
                 )
         for option in self.sbatch:
             if not option.startswith("-"):

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class HealthConfig:
     window_steps: int = 128
     """Accepted losses that the median is taken of."""
     max_refused_in_a_row: int = 10
-    """More refused steps in a row end the run: the weights themselves must be broken. It then starts again from the
-    newest checkpoint, and passes over the refused batches."""
+    """More refused steps in a row end the run: the step before them must have broken the weights. It then starts again
+    from the newest checkpoint before that step, and passes over it and over the refused ones."""
     hang_timeout_s: float = 1800.0
     """A rank without progress for this long ends the job with a report; longer than any step, evaluation or save in the
     foreground; 0 never does."""
@@ -83,6 +83,11 @@ class Refused:
 class BrokenRun(RuntimeError):
     """Too many refused steps in a row."""
 
+    def __init__(self, message: str, broken_step: int) -> None:
+        """broken_step: the last step that was made; what was saved after it is broken."""
+        super().__init__(message)
+        self.broken_step = broken_step
+
 
 class Judge:
     """Accepts or refuses each step, on all ranks alike: it sees only numbers that are the same on all of them."""
@@ -111,6 +116,7 @@ class Judge:
         self._passed_over = frozenset(passed_over)
         self._write = write
         self._in_a_row: list[Refused] = []
+        self._made: Refused | None = None
         self.refused_steps = 0
         """Refused in this life."""
 
@@ -128,10 +134,7 @@ class Judge:
             BrokenRun: too many refused in a row.
         """
         why = self._objection(step, loss_nats, grad_norm)
-        if not self._agree(bool(why)):
-            self._losses.append(loss_nats)
-            self._in_a_row = []
-            return True
+        is_refused = self._agree(bool(why))
         refused = Refused(
             step=step,
             why=why or "another rank refused it",
@@ -140,17 +143,31 @@ class Judge:
             first_sample=first_sample,
             num_samples=num_samples,
         )
+        if not is_refused:
+            self._losses.append(loss_nats)
+            self._in_a_row, self._made = [], refused
+            return True
         self.refused_steps += 1
         self._write(refused)
         if step not in self._passed_over:
             self._in_a_row.append(refused)
         if len(self._in_a_row) > self._config.max_refused_in_a_row:
-            raise BrokenRun(
-                f"the last {len(self._in_a_row)} steps were refused ({refused.why}): the weights are broken, or the "
-                f"data from sample {self._in_a_row[0].first_sample} on; the run goes on from its newest checkpoint and "
-                "passes these steps over when it is started again"
-            )
+            self._give_up(refused.why)
         return False
+
+    def _give_up(self, why: str) -> None:
+        first = self._in_a_row[0]
+        # in an earlier life, where this one has made no step; a batch is as long as the next one
+        before = self._made or replace(
+            first, step=first.step - 1, first_sample=max(0, first.first_sample - first.num_samples)
+        )
+        self._write(replace(before, why=f"the {len(self._in_a_row)} steps after it were refused"))
+        raise BrokenRun(
+            f"the last {len(self._in_a_row)} steps were refused ({why}): step {before.step} before them has broken the "
+            f"weights, or the data from sample {first.first_sample} on are; the run goes on from its newest checkpoint "
+            f"before step {before.step} and passes these steps over when it is started again",
+            before.step,
+        )
 
     def _objection(self, step: int, loss_nats: float, grad_norm: float) -> str:
         """Why a step is refused; empty when it is not."""

@@ -53,6 +53,13 @@ class TrackingConfig:
                 f"are URIs that begin with {', '.join(f'{scheme}:' for scheme in _SCHEMES)}; for a local "
                 "file write sqlite:///path/mlflow.db, or leave uri out"
             )
+        if self.uri is not None and urlparse(self.uri).password is not None:
+            # not shown: a log is the place where it must not be
+            raise ValueError(
+                "tracking.uri holds a password: the resolved run file is written to the run directory, into every "
+                "checkpoint and to MLflow, so it must hold no secret; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (a database: PGPASSWORD or its own password file) in the environment instead"
+            )
         if not self.experiment.strip():
             raise ValueError(
                 f"tracking.experiment={self.experiment!r} is empty: MLflow needs a name; leave it out for "

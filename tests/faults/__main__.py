@@ -128,7 +128,8 @@ def _run_file(run_dir: Path, data: DataConfig, shard: Path | None = None) -> Pat
 def is_good(name: str, row: Row) -> bool:
     """Whether a kind lost nothing, changed nothing, was noticed, and repeated no more than it must."""
     # the newest save may still be in flight; a damaged checkpoint costs one more
-    allowed = (3 if name in ("bit_flip", "corrupted_manifest") else 2) * SAVE_EVERY
+    # and steps that follow a broken one are taken again from before it
+    allowed = (3 if name in ("bit_flip", "corrupted_manifest", "broken_weights") else 2) * SAVE_EVERY
     return row.clean and row.most_repeated <= allowed
 
 

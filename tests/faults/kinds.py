@@ -178,6 +178,29 @@ def nan_gradient(trial: Trial) -> None:
     trial.detected = codes == [0] * WORLD_SIZE and trial.refused == {step} and records[0]["num_samples"] > 0
 
 
+def broken_weights(trial: Trial) -> None:
+    """A step leaves a NaN in the weights, and it is saved: the run goes back before that step and passes over it."""
+    text = trial.run_file.read_text()
+    trial.run_file.write_text(text + "health: {max_refused_in_a_row: 2}\n")
+    step = trial.random.randint(SAVE_EVERY + 1, STEPS - 4)
+    # the last stage, so that no router meets it
+    life = trial.start(Planted(rank=WORLD_SIZE - 1, weights_broken_after_step=step))
+    codes = life.wait()
+    trial.run_file.write_text(text)
+    records = refused_steps(trial.run_dir)
+    trial.refused = {record["step"] for record in records}
+    aside = [int(path.name[5:13]) for path in (trial.run_dir / "checkpoints").glob("*.broken")]
+    trial.detected = (
+        all(codes)
+        and f"step {step} before them has broken the weights" in life.said()
+        and trial.refused == {step, step + 1, step + 2, step + 3}
+        and all(record["num_samples"] > 0 for record in records)
+        and bool(aside)
+        and min(aside) >= step
+        and all(entry < step for entry in (int(path.name[5:13]) for path in trial.checkpoints()))
+    )
+
+
 def corrupted_manifest(trial: Trial) -> None:
     """The newest manifest is damaged: that checkpoint is passed over with a warning, and the one before it is used."""
     trial.run_until_a_moment().kill()
@@ -194,7 +217,7 @@ KINDS: dict[str, Callable[[Trial], None]] = {
     kind.__name__: kind
     for kind in (
         killed, stopped, torn_checkpoint, bit_flip, disk_full, slow_disk, mlflow_down, truncated_data, clock_jump,
-        nan_gradient, corrupted_manifest,
+        nan_gradient, broken_weights, corrupted_manifest,
     )
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ What is planted runs in the real ranks and in the writers they fork; nothing of 
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ class Planted:
     """The wall clock jumps by this much after the third step."""
     nan_at_step: int = 0
     """One element of this rank's gradient is NaN in this step; 0 never."""
+    weights_broken_after_step: int = 0
+    """This rank's last weight is NaN after this step of the life; 0 never."""
     seconds_per_step: float = 0.0
     """Added to every step, on every rank."""
 
@@ -118,7 +121,7 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
 
     config = load_run(run_file)
     if planted is not None:
-        _before_steps(lambda _step: time.sleep(planted.seconds_per_step))
+        _before_steps(lambda *_: time.sleep(planted.seconds_per_step))
         if planted.rank == rank:
             _plant(planted, config.run_dir)
     train(config)
@@ -149,12 +152,19 @@ def _plant(planted: Planted, run_dir: Path) -> None:
     if planted.clock_jump_s:
         real = time.time
         time.time = lambda: real() + (planted.clock_jump_s if newest_step(run_dir) >= 3 else 0.0)
+    if planted.weights_broken_after_step:
+        _before_steps(functools.partial(_break_weights, planted.weights_broken_after_step + 1))
     if planted.nan_at_step:
         _plant_nan(planted.nan_at_step)
 
 
-def _before_steps(action: Callable[[int], None]) -> None:
-    """Call `action` with the number of the step in this life before each step of training."""
+def _break_weights(before_step: int, step: int, trainer: Any) -> None:
+    if step == before_step:
+        list(trainer.chunks[-1].parameters())[-1].data.fill_(float("nan"))
+
+
+def _before_steps(action: Callable[[int, Any], None]) -> None:
+    """Call `action` with the number of the step in this life, and the trainer, before each step of training."""
     from megatron_m1.training.loop import Trainer
 
     real, taken = Trainer._train_step, 0
@@ -162,7 +172,7 @@ def _before_steps(action: Callable[[int], None]) -> None:
     def with_action(trainer: Trainer, rows: Any) -> None:
         nonlocal taken
         taken += 1
-        action(taken)
+        action(taken, trainer)
         real(trainer, rows)
 
     Trainer._train_step = with_action  # type: ignore[method-assign]
@@ -173,7 +183,7 @@ def _plant_nan(at_step: int) -> None:
 
     real, due = loop.run_microbatches, False
 
-    def note(step: int) -> None:
+    def note(step: int, _trainer: Any) -> None:
         nonlocal due
         due = step == at_step
 

@@ -82,6 +82,28 @@ def test_too_many_in_a_row_end_the_run_and_the_next_life_passes_them_over():
     assert [ask(two, step, 2.0) for step in (4, 5, 6, 7, 8)] == [True, False, False, False, True]
 
 
+def test_the_step_that_broke_the_weights_is_written_down_and_passed_over_too():
+    written: list[Refused] = []
+    one = judge(written=written, max_refused_in_a_row=1)
+    assert ask(one, 4, 2.0)
+    assert not ask(one, 5, NAN)
+    with pytest.raises(BrokenRun, match="step 4 before them has broken the weights") as caught:
+        ask(one, 6, NAN)
+    assert caught.value.broken_step == 4
+    assert [(r.step, r.first_sample, r.num_samples) for r in written] == [
+        (5, 50, 10),
+        (6, 60, 10),
+        (4, 40, 10),
+    ]
+    # where an earlier life made it, this one knows where its batch ended
+    written.clear()
+    two = judge(written=written, max_refused_in_a_row=1)
+    assert not ask(two, 5, NAN)
+    with pytest.raises(BrokenRun):
+        ask(two, 6, NAN)
+    assert (written[-1].step, written[-1].first_sample, written[-1].num_samples) == (4, 40, 10)
+
+
 def test_the_list_of_refused_steps_is_read_back_also_when_its_last_line_is_torn(tmp_path: Path):
     refused = Refused(
         step=3, why="loss is nan", loss_nats=NAN, grad_norm=1.0, first_sample=30, num_samples=10
