@@ -1,4 +1,4 @@
-"""The demo's data in one directory: corpus -> tokenizer.json -> train and held-out shards -> summary.json.
+"""The demo's data in one directory: corpus -> tokenizer.json -> train, held-out and chat shards -> summary.json.
 
 Each part is made once. `parts.json` records, per finished part, the hash of what it was made from and the
 hashes of its files; a part whose inputs and files still have these hashes is kept. Every file is written
@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.atomic import file_hash, only_process, write_whole
+from data_pipeline.chat import prepare_chat
+from data_pipeline.chat_shard import loss_path
+from data_pipeline.chat_template import CONFIG_NAME
 from data_pipeline.demo import Document, demo_documents, split_documents, unigram_entropy_nats_per_token
+from data_pipeline.demo_chat import TEMPLATE, demo_conversations
 from data_pipeline.index import ShardWriter, TokenShard, bin_path, idx_path
-from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
+from data_pipeline.tokenize import END_OF_TEXT, DocumentEncoder, train_byte_level_bpe
 
 VOCAB_SIZE = 4096
 RECIPE_VERSION = 1
@@ -53,6 +57,8 @@ class DemoSummary:
     """What is trained on."""
     held_out: SplitSummary
     """What is only evaluated."""
+    num_conversations: dict[str, int]
+    """By split: conversations in the shards chat_train and chat_held_out; no shard where there are none."""
     unigram_entropy_nats_per_token: float
     """Held-out loss of the training tokens' frequencies alone (add-one smoothing)."""
     parts_reused: tuple[str, ...]
@@ -63,8 +69,8 @@ def prepare_demo(directory: Path, progress: Progress | None = None) -> DemoSumma
     """Make the demo's tokenizer and shards in `directory`, or keep those that are finished.
 
     Args:
-        directory: created when absent; receives tokenizer.json, train and held_out (.bin, .idx),
-            parts.json and summary.json.
+        directory: created when absent; receives tokenizer.json, tokenizer_config.json, train and held_out (.bin,
+            .idx), chat_train and chat_held_out (.bin, .idx, .loss, and .jsonl to read), parts.json and summary.json.
         progress: told about each step as it happens.
 
     Raises:
@@ -88,12 +94,17 @@ def _prepare_alone(directory: Path, report: Progress) -> DemoSummary:
     summaries = {
         split: make_shard(parts, split, documents, encoder, report) for split, documents in splits.items()
     }
+    num_conversations = {
+        split: make_chat(parts, split, documents, tokenizer_path, report)
+        for split, documents in splits.items()
+    }
     tokens = {split: read_all_tokens(directory / split) for split in splits}
     summary = DemoSummary(
         tokenizer_path=str(tokenizer_path),
         vocab_size=encoder.vocab_size,
         train=summaries["train"],
         held_out=summaries["held_out"],
+        num_conversations=num_conversations,
         unigram_entropy_nats_per_token=unigram_entropy_nats_per_token(
             tokens["train"], tokens["held_out"], encoder.vocab_size
         ),
@@ -166,6 +177,30 @@ def make_shard(
         num_bytes=sum(len(document.text.encode()) for document in documents),
         num_tokens=TokenShard(prefix).num_tokens,
     )
+
+
+def make_chat(
+    parts: Parts, split: str, documents: Sequence[Document], tokenizer_path: Path, report: Progress
+) -> int:
+    """Make the conversations of one split and their shard; how many there are."""
+    prefix = parts.directory / f"chat_{split}"
+    lines = [json.dumps(talk) for talk in demo_conversations(documents)]
+    if not lines:
+        return 0
+    text = prefix.with_suffix(".jsonl")
+    settings = parts.directory / CONFIG_NAME
+
+    def build() -> None:
+        write_whole(settings, json.dumps({"eos_token": END_OF_TEXT, "chat_template": TEMPLATE}).encode())
+        write_whole(text, "".join(f"{line}\n" for line in lines).encode())
+        prepare_chat([text], prefix, parts.directory)
+
+    report(f"chat {split}", 0, 1)
+    inputs_hash = hash_of("chat", TEMPLATE, file_hash(tokenizer_path), *lines)
+    files = [settings, text, bin_path(prefix), idx_path(prefix), loss_path(prefix)]
+    parts.make(f"chat_{split}", inputs_hash, files, build)
+    report(f"chat {split}", 1, 1)
+    return len(lines)
 
 
 def read_all_tokens(prefix: Path) -> np.ndarray:

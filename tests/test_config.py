@@ -12,7 +12,18 @@ import pytest
 from megatron_m1 import config as run_file
 from megatron_m1.config import dump_run, explain, load_run, preset_names
 
-PRESETS = ["long-tiny", "m1-456b", "m1-456b-extend-01", "m1-456b-extend-m1", "small", "tiny"]
+PRESETS = [
+    "life-tiny",
+    "long-tiny",
+    "m1-456b",
+    "m1-456b-extend-01",
+    "m1-456b-extend-m1",
+    "m1-456b-sft-01",
+    "rl-tiny",
+    "sft-tiny",
+    "small",
+    "tiny",
+]
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:

@@ -47,7 +47,7 @@ class Server:
     def __init__(self, model: ServedModel, desk: Desk, name: str, host: str, port: int) -> None:
         self.model, self.desk, self.name = model, desk, name
         try:
-            self._http = ThreadingHTTPServer((host, port), _handler(self))
+            self._http = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"m1": self}))
         except OSError as error:
             raise ValueError(
                 f"--host {host} --port {port} cannot be listened on ({error}): the port must be free and the host an "
@@ -107,78 +107,79 @@ class Server:
         self._http.server_close()
 
 
-def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 600
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            _LOG.debug(format, *arguments)
+    protocol_version = "HTTP/1.1"
+    timeout = 600
+    m1: Server
+    """Set in the class of each server."""
 
-        def do_GET(self) -> None:
-            if self.path == "/v1/models":
-                self._send(200, server.models())
-            elif self.path == "/health":
-                self._send(200, {})
-            else:
-                self._refuse(404, f"there is no {self.path}")
+    def log_message(self, format: str, *arguments: Any) -> None:
+        _LOG.debug(format, *arguments)
 
-        def do_POST(self) -> None:
-            if self.path not in (*_READERS, "/update_weights_from_disk"):
-                # the body stays unread, so the connection cannot go on
-                self.close_connection = True
-                self._refuse(404, f"there is no {self.path}")
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._send(200, self.m1.models())
+        elif self.path == "/health":
+            self._send(200, {})
+        else:
+            self._refuse(404, f"there is no {self.path}")
+
+    def do_POST(self) -> None:
+        if self.path not in (*_READERS, "/update_weights_from_disk"):
+            # the body stays unread, so the connection cannot go on
+            self.close_connection = True
+            self._refuse(404, f"there is no {self.path}")
+            return
+        try:
+            body = self._body()
+            if self.path == "/update_weights_from_disk":
+                self._send(200, self.m1.load(body))
                 return
-            try:
-                body = self._body()
-                if self.path == "/update_weights_from_disk":
-                    self._send(200, server.load(body))
-                    return
-                whole, streams = server.complete(self.path, body)
-                self._stream(whole) if streams else self._send(200, whole)
-            except KeyError as error:
-                self._refuse(404, error.args[0])
-            except ValueError as error:
-                self._refuse(400, str(error))
-            except (Busy, Closed) as error:
-                self._refuse(503, str(error))
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+            whole, streams = self.m1.complete(self.path, body)
+            self._stream(whole) if streams else self._send(200, whole)
+        except KeyError as error:
+            self._refuse(404, error.args[0])
+        except ValueError as error:
+            self._refuse(400, str(error))
+        except (Busy, Closed) as error:
+            self._refuse(503, str(error))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
 
-        def _body(self) -> Any:
-            try:
-                length = int(self.headers.get("Content-Length", ""))
-            except ValueError:
-                length = -1
-            if not 0 <= length <= MOST_BODY_BYTES:
-                self.close_connection = True
-                raise BadRequest(
-                    f"the body has Content-Length {self.headers.get('Content-Length')}: allowed are 0 to "
-                    f"{MOST_BODY_BYTES} bytes"
-                )
-            content = self.rfile.read(length)
-            try:
-                return json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise BadRequest(f"the body is no JSON: {error}") from error
+    def _body(self) -> Any:
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            length = -1
+        if not 0 <= length <= MOST_BODY_BYTES:
+            self.close_connection = True
+            raise BadRequest(
+                f"the body has Content-Length {self.headers.get('Content-Length')}: allowed are 0 to "
+                f"{MOST_BODY_BYTES} bytes"
+            )
+        content = self.rfile.read(length)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is no JSON: {error}") from error
 
-        def _stream(self, whole: dict[str, Any]) -> None:
-            lines = [f"data: {json.dumps(event)}\n\n" for event in as_stream(whole)]
-            content = "".join([*lines, "data: [DONE]\n\n"]).encode()
-            self._write(200, content, "text/event-stream")
+    def _stream(self, whole: dict[str, Any]) -> None:
+        lines = [f"data: {json.dumps(event)}\n\n" for event in as_stream(whole)]
+        content = "".join([*lines, "data: [DONE]\n\n"]).encode()
+        self._write(200, content, "text/event-stream")
 
-        def _refuse(self, status: int, message: str) -> None:
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            self._send(status, {"error": {"message": message, "type": kind, "code": status}})
+    def _refuse(self, status: int, message: str) -> None:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self._send(status, {"error": {"message": message, "type": kind, "code": status}})
 
-        def _send(self, status: int, body: dict[str, Any]) -> None:
-            self._write(status, json.dumps(body).encode(), "application/json")
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        self._write(status, json.dumps(body).encode(), "application/json")
 
-        def _write(self, status: int, content: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    return Handler
+    def _write(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)

@@ -52,19 +52,24 @@ tracking: {{enabled: false}}
 """
 
 
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    write_shards(tmp_path)
+def make_chat_files(tmp_path: Path, name: str) -> None:
+    """A tokenizer with a chat template, and a shard of 60 equal conversations."""
     directory = tmp_path / "tokenizer"
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     train_byte_level_bpe(["user assistant say yes no amber birch copper"], 290, directory / "tokenizer.json")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|start|>", "<|end|>")])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     talk = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
-    (tmp_path / "talks.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 60)
-    prepare_chat([tmp_path / "talks.jsonl"], tmp_path / "talks", directory)
+    (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 60)
+    prepare_chat([tmp_path / f"{name}.jsonl"], tmp_path / name, directory)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    write_shards(tmp_path)
+    make_chat_files(tmp_path, "talks")
     path = tmp_path / "run.yaml"
     path.write_text(RUN.format(directory=tmp_path, steps=STEPS))
     return path
