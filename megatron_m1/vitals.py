@@ -6,6 +6,7 @@ put together for one stage. `Vitals` stands between the trainer and the reporter
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from parallel.groups import Groups
 from parallel.hang import Watchdog
 
 _SURVEY_EVERY_STEPS = 100
+_LOG = logging.getLogger(__name__)
 _PROBE_WIDTH = 512
 _PROBE_REPEATS = 8
 _SLOW = 1.3
@@ -58,6 +60,10 @@ class Vitals:
         self._endpoint: MetricsEndpoint | None = None
         if health.prometheus_port and rank == 0:
             self._endpoint = MetricsEndpoint(health.prometheus_port, {"run": config.name})
+            _LOG.info(
+                "metrics at http://127.0.0.1:%d/metrics, for processes of this machine only",
+                self._endpoint.port,
+            )
         self._surveyed: dict[str, float] = {}
         self._saved_s: float | None = None
         self.newest: StepMetrics
