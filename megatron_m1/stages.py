@@ -106,11 +106,11 @@ def _data_of_run(config: RunConfig, configs: Sequence[RunConfig]) -> tuple[DataC
         (stage, part) for stage, part in zip(config.stages, configs, strict=True) if stage.kind == "train"
     ]
     sections = []
-    for index, (stage, part) in enumerate(readers):
+    for stage, part in readers:
+        # the last one too has its end, which decides which rows are read before it: so another may follow it, even
+        # when the run was thought to be over
         mix = stage.mix or StageConfig()
-        # the last one is open, so that a run may be continued with more steps; a late part needs an end
-        is_open = index == len(readers) - 1 and not mix.late_shares
-        sections.append(dataclasses.replace(mix, tokens=0 if is_open else _length(part).consumed_tokens))
+        sections.append(dataclasses.replace(mix, tokens=_length(part).consumed_tokens))
     data = dataclasses.replace(config.data, stages=tuple(sections))
     return data, tuple(part.training.sequence_length for _, part in readers)
 

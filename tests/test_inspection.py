@@ -7,8 +7,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from data_pipeline.index import ShardWriter
-from data_pipeline.inspect import DOCUMENT_STYLES, documents_in, mix_over_time, row_text
+from data_pipeline.inspect import DOCUMENT_STYLES, MixOverTime, documents_in, mix_over_time, row_text
 from data_pipeline.pack import RowBuilder
+from data_pipeline.pictures import averaged, binary_count
 from data_pipeline.tokenize import train_byte_level_bpe
 from megatron_m1 import cli
 
@@ -105,3 +106,23 @@ def test_the_mix_over_time_is_what_the_samples_are(run_file):
         samples = range(int(start) // 64, int(end) // 64)
         share = np.mean([dataset.locate(sample).source for sample in samples])
         assert share == pytest.approx(mix.shares_NK[number, 1], abs=1 / len(samples))
+
+
+def test_the_pictures_mix_is_a_mean_over_windows_that_end_with_the_stages():
+    # one stage of 30 tokens, then 70 in which the pieces take turns
+    mix = MixOverTime(
+        names=("one", "other"),
+        tokens_N=np.array([0.0, 30, 40, 50, 60, 100]),
+        shares_NK=np.array([[1.0, 0], [0, 1], [1, 0], [0, 1], [0.5, 0.5]]),
+        stage_tokens=(0.0, 30.0),
+    )
+    tokens_M, shares_MK = averaged(mix, 4)
+    assert tokens_M.tolist() == [0, 25, 30, 50, 75, 100]
+    np.testing.assert_allclose(shares_MK[:, 0], [1, 1, 0.5, 7.5 / 25, 0.5])
+    np.testing.assert_allclose(shares_MK.sum(1), 1)
+    assert [binary_count(tokens) for tokens in (512.0, 1024.0, 2.0**15, 2.0**20)] == [
+        "512",
+        "1K",
+        "32K",
+        "1M",
+    ]

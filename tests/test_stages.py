@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipeline.config import build_dataset
+from data_pipeline.index import ShardWriter
 from megatron_m1.config import RunConfig, load_run
+from megatron_m1.saves import data_of
 from megatron_m1.stages import stages_of
 from megatron_m1.training.state import Position
 
@@ -49,11 +53,39 @@ def test_steps_samples_and_tokens_count_through_the_run(load) -> None:
     assert long.first == short.last
     assert long.last == Position(10, 64 + 4 * 8, 8192 + 4 * 2048)
     assert long.sequence_lengths == short.sequence_lengths == (128, 256)
-    # both stages see the same data: one sequence for the whole run, whose last part is open
+    # both stages see the same data: one sequence for the whole run, whose parts all have an end
     assert long.data == short.data
-    assert [stage.tokens for stage in long.data.stages] == [8192, 0]
+    assert [stage.tokens for stage in long.data.stages] == [8192, 8192]
     assert long.config.model.rotary_base == 40000.0 and short.config.model.rotary_base == 10000.0
     assert (long.config.layout.cp, short.config.layout.cp) == (2, 1)
+
+
+def test_a_finished_run_may_get_another_stage_but_not_a_longer_last_one(load, tmp_path: Path) -> None:
+    shard = _shard(tmp_path)
+    before = stages_of(load(*shard))[-1]
+    longer = stages_of(load(*shard, "stages.1.training.steps=6"))[-1]
+    further = stages_of(
+        load(*shard, text=RUN + "  - {name: more, training: {steps: 5}}\n")
+    )
+    # what the checkpoint at the end of the finished run holds, and what it is compared with
+    saved = data_of(before)
+    assert data_of(further[-1], num_mixes=2) == saved
+    # the end of a stage decides which rows come before it
+    assert data_of(longer, num_mixes=2) != saved
+    rows_of = [
+        build_dataset(stage.data, stage.sequence_lengths, 1, "train") for stage in (before, further[-1])
+    ]
+    for sample in range(before.last.consumed_samples):
+        assert rows_of[0].locate(sample) == rows_of[1].locate(sample)
+        assert rows_of[0][sample].tokens_S.tobytes() == rows_of[1][sample].tokens_S.tobytes()
+
+
+def _shard(directory: Path) -> list[str]:
+    """A shard of numbered tokens, as overrides of a run file."""
+    with ShardWriter(directory / "shard", 70_000) as writer:
+        for first in range(0, 60_000, 100):
+            writer.add_document(np.arange(first, first + 100))
+    return [f"data.sources=[{{prefix: {directory / 'shard'}, max_epochs: 2}}]"]
 
 
 def test_a_run_without_stages_is_one_stage(load) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_m1.training.spool import read_steps
 from tests.training import lives
-from tests.training.tiny_run import data_in, write_run_file, write_shards
+from tests.training.tiny_run import SMALLEST, data_in, write_run_file, write_shards
 
 pytestmark = pytest.mark.multiprocess
 
@@ -63,6 +63,25 @@ def test_a_signal_ends_a_staged_run_and_the_next_life_ends_it(tmp_path: Path) ->
     assert [steps[i]["learning_rate"] for i in (4, 5, 8)] == [3e-3, 1e-3, 5e-4]
     assert [steps[i]["consumed_tokens"] for i in (4, 7, 10)] == [1024, 1024 + 3 * 512, 1024 + 6 * 512]
     assert (tmp_path / "run" / "outcome.txt").read_text() == "finished at step 10\n"
+
+
+def test_a_stage_added_behind_a_finished_run_gives_the_run_that_had_it_from_the_start(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    stages = [
+        {"name": "short", "training": {"steps": 3}},
+        {"name": "long", "training": {"steps": 3, "sequence_length": 128}},
+    ]
+    one_rank = SMALLEST | {"layout": {"tp": 1, "pp": 1, "ep": 1}}
+
+    def run_file(name: str, number: int) -> Path:
+        data = data_in(tmp_path)
+        return write_run_file(tmp_path / name, data, steps=3, stages=stages[:number], **one_rank)
+
+    assert lives.start(run_file("whole", 2)).wait(300) == 0
+    assert lives.start(run_file("grown", 1)).wait(300) == 0
+    assert (tmp_path / "grown" / "outcome.txt").read_text() == "finished at step 3\n"
+    assert lives.start(run_file("grown", 2)).wait(300) == 0
+    lives.assert_same_run(tmp_path / "grown", tmp_path / "whole", steps=6)
 
 
 def _run_file(run_dir: Path, data) -> Path:
