@@ -65,7 +65,7 @@ def test_a_finished_run_may_get_another_stage_but_not_a_longer_last_one(load, tm
     before = stages_of(load(*shard))[-1]
     longer = stages_of(load(*shard, "stages.1.training.steps=6"))[-1]
     further = stages_of(
-        load(*shard, text=RUN + "  - {name: more, training: {steps: 5}}\n")
+        load(*shard, text=RUN + "  - {name: more, model: {rotary_base: 40000.0}, training: {steps: 5}}\n")
     )
     # what the checkpoint at the end of the finished run holds, and what it is compared with
     saved = data_of(before)
