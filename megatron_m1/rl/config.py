@@ -84,15 +84,23 @@ class RLConfig:
     engine: HttpEngineConfig | None = None
     """A server that generates, with the newest weights; None: the trainer's own model, under the training layout."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How samples are generated, and how old they may be."""
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+    """When a sample that repeats itself is ended."""
     window: WindowConfig = field(default_factory=WindowConfig)
     """Most tokens of a prompt and its answer together, stage by stage."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    """Algorithm and bounds."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """How far generation and training may be apart."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What a reward is the sum of, and how many may fail."""
     pool: PoolConfig = field(default_factory=PoolConfig)
+    """The processes that compute rewards."""
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    """When pattern collapse is near, and what is tightened then."""
     length_watch: LengthWatchConfig = field(default_factory=LengthWatchConfig)
+    """When longer answers without gain raise an alarm."""
     table_every_batches: int = 10
     """Generation batches between two tables of samples; 0 writes none."""
 
