@@ -53,7 +53,7 @@ class Answer:
     weights_S: np.ndarray
 
 
-def sequences_of(
+def answers_of(
     groups: Sequence[Learned], config: PolicyLossConfig, *, correction_at_most: float
 ) -> list[Answer]:
     """The samples of one update with their weights; the counts are of exactly these groups.

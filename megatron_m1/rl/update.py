@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_m1.rl.cispo import PolicyLossConfig, policy_loss
-from megatron_m1.rl.learned import Learned, sequences_of
+from megatron_m1.rl.learned import Learned, answers_of
 from megatron_m1.rl.ratio_stats import RatioStats
 from megatron_m1.rl.rows import (
     LogProbs,
@@ -69,7 +69,7 @@ class Policy:
             correction_at_most: bound of pi_old / pi_generated.
             reduce_everywhere: leave whole gradients on every rank.
         """
-        answers = sequences_of(learned, loss, correction_at_most=correction_at_most)
+        answers = answers_of(learned, loss, correction_at_most=correction_at_most)
         rows, _ = pack_answers(answers, self.row_tokens, rows_multiple(self.groups, self.micro_batch))
         objective = _PolicyObjective(loss, self.groups)
         result = run_microbatches(
