@@ -3,7 +3,6 @@ losses are those of the run that nobody disturbed, bit for bit."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from megatron_m1.training.spool import read_steps
-from parallel.manifest import read_manifest
 from tests.slurm.cluster import ENDED, Cluster, missing, wait_until
 from tests.spawn import ROOT
+from tests.training.lives import assert_same_run, steps_by_life
 from tests.training.tiny_run import data_in, write_run_file, write_shards
 
 pytestmark = pytest.mark.multiprocess
@@ -81,7 +79,7 @@ def test_a_job_outlives_full_disk_preemption_crash_power_cut_drain_and_wall_time
     # one rank dies, the others get TERM from srun: what they might save would not be a step of the whole run
     os.kill(_ranks_on(cluster, cluster.nodes_of(number)[1])[0], signal.SIGKILL)
     _wait_for_steps(cluster, number, run_dir, life=2, count=SAVE_EVERY + 2)
-    assert _steps_by_life(run_dir)[2][0] in _periodic_saves(run_dir)
+    assert steps_by_life(run_dir)[2][0] in _periodic_saves(run_dir)
     # nobody is told of a power cut: Slurm finds out and queues the job again
     lost = cluster.nodes_of(number)[0]
     cluster.kill_node(lost)
@@ -100,7 +98,7 @@ def test_a_job_outlives_full_disk_preemption_crash_power_cut_drain_and_wall_time
     assert (run_dir / "outcome.txt").read_text() == f"finished at step {final}\n"
     assert "queued again: stopped after step" in _logs(run_dir, f"{number}.out")
     assert not list(tmp_path.rglob("pwned"))
-    _assert_same_losses(run_dir, _undisturbed(data, tmp_path / "whole", final), final)
+    assert_same_run(run_dir, _undisturbed(data, tmp_path / "whole", final), steps=final)
 
 
 def test_a_chain_of_three_jobs_goes_on_after_scancel_and_before_the_wall_time(
@@ -141,7 +139,7 @@ def test_a_chain_of_three_jobs_goes_on_after_scancel_and_before_the_wall_time(
     assert cluster.wait_for_end(f"{number}_3")["JobState"] == "COMPLETED"
     assert cluster.job(f"{number}_2")["JobState"] == "COMPLETED"
     assert _repeated(run_dir, life=2) == 0
-    _assert_same_losses(run_dir, _undisturbed(data, tmp_path / "whole", final), final)
+    assert_same_run(run_dir, _undisturbed(data, tmp_path / "whole", final), steps=final)
 
 
 def test_three_starts_without_progress_end_the_job_with_the_reason(
@@ -165,11 +163,14 @@ def test_three_starts_without_progress_end_the_job_with_the_reason(
 
 def _endless_run(run_dir: Path, data: DataConfig) -> Path:
     """A run file that a test ends by setting its steps."""
-    path = write_run_file(run_dir, data, steps=10**6)
-    text = path.read_text().replace("layout: {tp: 2, ep: 2}", "layout: {tp: 2, pp: 2}")
-    text = text.replace("every_steps: 2", f"every_steps: {SAVE_EVERY}")
-    path.write_text(text.replace("evaluation_rows: 4", "evaluation_rows: 4, end_margin_s: 20.0"))
-    return path
+    return write_run_file(
+        run_dir,
+        data,
+        steps=10**6,
+        layout={"tp": 2, "pp": 2, "ep": 1},
+        checkpoint={"every_steps": SAVE_EVERY},
+        training={"end_margin_s": 20.0},
+    )
 
 
 def _launch(cluster: Cluster, run_file: Path, site: str = _SITE) -> str:
@@ -218,45 +219,15 @@ def _undisturbed(data: DataConfig, run_dir: Path, steps: int) -> Path:
     return run_dir
 
 
-def _assert_same_losses(run_dir: Path, other: Path, steps: int) -> None:
-    ours, theirs = read_steps(run_dir / "metrics.jsonl"), read_steps(other / "metrics.jsonl")
-    assert list(ours) == list(theirs) == list(range(1, steps + 1))
-    for step in theirs:
-        for name in ("loss_nats", "grad_norm", "learning_rate", "auxiliary_loss", "sample_ids_hash"):
-            assert ours[step][name] == theirs[step][name], f"{name} of step {step}"
-    assert _tensor_files(run_dir, steps) == _tensor_files(other, steps)
-
-
-def _tensor_files(run_dir: Path, step: int) -> dict[str, str]:
-    manifest = read_manifest(run_dir / "checkpoints" / f"step_{step:08d}")
-    return {record.name: record.sha256 for record in manifest.files if record.name.endswith(".distcp")}
-
-
-def _steps_by_life(run_dir: Path) -> list[tuple[int, list[int]]]:
-    """For each life of the run: the step it resumed from, and the steps it took."""
-    lives: list[tuple[int, list[int]]] = []
-    record = run_dir / "metrics.jsonl"
-    for line in record.read_text().splitlines() if record.exists() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # the last line, half written
-        if values["kind"] == "life":
-            lives.append((values["step"], []))
-        elif values["kind"] == "step":
-            lives[-1][1].append(values["step"])
-    return lives
-
-
 def _repeated(run_dir: Path, life: int) -> int:
     """Steps that a life took although the life before had."""
-    lives = _steps_by_life(run_dir)
+    lives = steps_by_life(run_dir)
     return lives[life - 1][1][-1] - lives[life][0]
 
 
 def _periodic_saves(run_dir: Path) -> set[int]:
     """Steps after which a save was due, and the steps that lives began with."""
-    begun = {step for step, _ in _steps_by_life(run_dir)[:-1]}
+    begun = {step for step, _ in steps_by_life(run_dir)[:-1]}
     return begun | set(range(0, 10**4, SAVE_EVERY))
 
 
@@ -264,16 +235,16 @@ def _wait_for_steps(cluster: Cluster, number: str, run_dir: Path, *, life: int, 
     """Until the given life of the run has taken some steps; none may repeat more than the last save's."""
 
     def there() -> bool:
-        lives = _steps_by_life(run_dir)
+        lives = steps_by_life(run_dir)
         taken = len(lives) > life and len(lives[life][1]) >= count
         assert taken or cluster.job(number)["JobState"] not in ENDED, describe()
         return taken
 
     def describe() -> str:
-        return f"{_steps_by_life(run_dir)}\n{cluster.job(number)}\n{_logs(run_dir, '*')}"
+        return f"{steps_by_life(run_dir)}\n{cluster.job(number)}\n{_logs(run_dir, '*')}"
 
     wait_until(there, 240, describe)
-    assert len(_steps_by_life(run_dir)) == life + 1
+    assert len(steps_by_life(run_dir)) == life + 1
     # the newest save may still have been in flight when the life ended
     assert life == 0 or 0 <= _repeated(run_dir, life) <= 2 * SAVE_EVERY, describe()
 
