@@ -204,6 +204,16 @@ def test_the_command_serves_on_two_ranks_and_ends_with_a_signal(alone, run, tmp_
         process.kill()
 
 
+@pytest.mark.multiprocess
+def test_generate_prints_the_prompt_and_what_follows(run, server):
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_m1", "generate", str(run[0].run_dir)]
+    options = ["--prompt", "say yes", "--max-tokens", "4", "--temperature", "0"]
+    found = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    (choice,) = post(server, "/completions", prompt="say yes", max_tokens=4, temperature=0)["choices"]
+    assert found.stdout.rstrip("\n") == f"say yes{choice['text']}".rstrip("\n")
+
+
 def test_a_run_without_a_checkpoint_is_refused(alone, run, tmp_path: Path):
     from megatron_m1.serving.model import Limits, ServedModel, config_of
 
