@@ -60,8 +60,7 @@ def train(out: Path, seed: int, loss: str, updates: int) -> Path:
 def main(out: Path, num_seeds: int = 5, updates: int = 320) -> None:
     """Train all, then draw and print."""
     runs = {loss: [train(out, seed, loss, updates) for seed in range(num_seeds)] for loss in LOSSES}
-    names = ("pass_rate", "low_probability_ppo_dropped_share", "clipped_share")
-    found = {loss: [batches_of(run, names) for run in own] for loss, own in runs.items()}
+    found = {loss: [batches_of(run, ("pass_rate",)) for run in own] for loss, own in runs.items()}
     length = min(len(batches["step"]) for own in found.values() for batches in own)
     # batches begin at other steps only where one had fewer groups than updates
     steps = np.mean([b["step"][:length] - b["step"][0] for own in found.values() for b in own], axis=0)
