@@ -4,6 +4,7 @@ Also the content hash by which a finished file is recognised, and the lock of wh
 knows what the files hold.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
 """What a file under construction is called; a killed run leaves at most files with this ending."""
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+"""What a user can mend: no room, no permission, no directory."""
 
 
 def partial_path(path: Path) -> Path:
@@ -56,3 +60,21 @@ def only_process(lock_path: Path) -> Iterator[None]:
     with open(lock_path, "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Turn a disk that is full or may not be written into a user's mistake, also one that a job met.
+
+    Raises:
+        ValueError: names the directory and what to do. Other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise ValueError(
+            f"directory '{directory}' cannot be written ({error}): it needs room and must be writable for this user; "
+            "make room or name another place, then run the command again (finished parts are kept)"
+        ) from error

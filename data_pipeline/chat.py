@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import only_process
+from data_pipeline.atomic import only_process, writing_to
 from data_pipeline.chat_shard import ChatShardWriter
 from data_pipeline.chat_template import BEGIN, END, ChatError, ChatTemplate, Message, Rendered
 from data_pipeline.documents import open_stream
@@ -169,14 +169,18 @@ def prepare_chat(
 
     Raises:
         ReadError: a missing or damaged file.
-        ValueError: the tokenizer cannot be used, or no conversation is left.
+        ValueError: the tokenizer cannot be used, no conversation is left, or the directory cannot be written.
     """
     encoder = ChatEncoder(tokenizer_directory)
     dropped: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     longest = 0
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with only_process(Path(f"{prefix}.lock")), ChatShardWriter(prefix, encoder.vocab_size) as writer:
+    with (
+        writing_to(prefix.parent),
+        only_process(Path(f"{prefix}.lock")),
+        ChatShardWriter(prefix, encoder.vocab_size) as writer,
+    ):
         for file in files_below(inputs):
             for position, record in conversations(file, messages_field):
                 (progress or _silent)(file.name, position, file.stat().st_size)

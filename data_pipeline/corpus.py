@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.atomic import file_hash, only_process, write_whole
+from data_pipeline.atomic import file_hash, only_process, write_whole, writing_to
 from data_pipeline.clean.decontaminate import (
     EvaluationConfig,
     collect_ngrams,
@@ -61,12 +61,13 @@ def prepare_corpus(config: CorpusConfig, progress: Progress | None = None) -> tu
 
     Raises:
         ReadError: an input file is missing or damaged.
-        ValueError: the tokenizer or the scorer cannot be used, or no document of a source is left.
+        ValueError: the tokenizer or the scorer cannot be used, no document of a source is left, or the directory
+            cannot be written.
         RuntimeError: a process died; the finished parts are kept.
     """
     preparation = Preparation(config, progress or (lambda what, done, total: None))
-    preparation.directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as locks:
+    with writing_to(preparation.directory), ExitStack() as locks:
+        preparation.directory.mkdir(parents=True, exist_ok=True)
         for name in sorted(source.name for source in config.sources):
             locks.enter_context(only_process(preparation.directory / f"{name}.lock"))
         summaries = preparation.finished()
