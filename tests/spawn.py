@@ -57,6 +57,8 @@ def run_ranks(
 def _forking() -> ForkServerContext:
     # one thread per rank, or they fight for the cores; it must be known before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
+    # asking whether there is a GPU must not start CUDA: a forked rank could not start it again
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.rank_template"])
     return context

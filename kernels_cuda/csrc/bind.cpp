@@ -107,6 +107,30 @@ void lightning_scan(
   check_launch(m1_lightning_scan_sm90(&call), "lightning_scan");
 }
 
+void lightning_states(
+    const Tensor& k, const Tensor& v, const Tensor& slopes, const Tensor& state_items, bool reverse,
+    int64_t num_multiprocessors, const Tensor& workspace) {
+  M1LightningScan call = {};
+  call.k = input<void>(k);
+  call.v = input<void>(v);
+  call.slopes = input<float>(slopes);
+  call.workspace = output<float>(workspace);
+  call.state_items = input<M1LightningItem>(state_items);
+  call.k_stride_token = k.strides()[0];
+  call.k_stride_head = k.strides()[1];
+  call.v_stride_token = v.strides()[0];
+  call.v_stride_head = v.strides()[1];
+  call.num_state_items = size(state_items, 0);
+  call.num_tokens = size(k, 0);
+  call.num_heads = size(k, 1);
+  call.key_dim = size(k, 2);
+  call.value_dim = size(v, 2);
+  call.reverse = reverse ? 1 : 0;
+  call.num_multiprocessors = static_cast<int32_t>(num_multiprocessors);
+  call.stream = current_stream(k);
+  check_launch(m1_lightning_scan_sm90(&call), "lightning_states");
+}
+
 void lightning_decode(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slopes, const Tensor& state, double scale,
     const Tensor& o) {
@@ -263,6 +287,8 @@ STABLE_TORCH_LIBRARY(m1_sm90, m) {
   m.def("lightning_scan(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor? state_in, Tensor items, "
         "Tensor state_items, int segment_tokens, bool reverse, float scale, int num_multiprocessors, Tensor(a!) o, "
         "Tensor(b!)? state_out, Tensor(c!)? workspace) -> ()");
+  m.def("lightning_states(Tensor k, Tensor v, Tensor slopes, Tensor state_items, bool reverse, "
+        "int num_multiprocessors, Tensor(a!) workspace) -> ()");
   m.def("lightning_decode(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor(a!) state, float scale, "
         "Tensor(b!) o) -> ()");
   m.def("moe_route(Tensor logits, Tensor(a!) weights, Tensor(b!) experts) -> ()");
@@ -283,6 +309,7 @@ STABLE_TORCH_LIBRARY(m1_sm90, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(m1_sm90, CUDA, m) {
   m.impl("lightning_scan", TORCH_BOX(&lightning_scan));
+  m.impl("lightning_states", TORCH_BOX(&lightning_states));
   m.impl("lightning_decode", TORCH_BOX(&lightning_decode));
   m.impl("moe_route", TORCH_BOX(&moe_route));
   m.impl("moe_sort", TORCH_BOX(&moe_sort));

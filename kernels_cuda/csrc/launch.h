@@ -30,7 +30,7 @@ typedef struct M1LightningItem {
 // state_in: fp32 [N, H, key_dim, value_dim] with any strides, or null for zeros; state_out: the same, contiguous,
 // or null. workspace: fp32 [slots, H, key_dim, value_dim], or null when no document is cut.
 // items: work of the main pass; state_items: pieces whose local state the prepass writes to the workspace, at slot
-// first_slot + earlier_segments.
+// first_slot + earlier_segments. Without items (a prepass alone) q and o are not read.
 typedef struct M1LightningScan {
   const void* q;
   const void* k;
@@ -80,6 +80,8 @@ int m1_lightning_decode_sm90(const M1LightningDecode* call);
 //   m1_sm90::lightning_scan(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor? state_in, Tensor items,
 //       Tensor state_items, int segment_tokens, bool reverse, float scale, int num_multiprocessors, Tensor(a!) o,
 //       Tensor(b!)? state_out, Tensor(c!)? workspace) -> ()          items, state_items: int32 [n, 8]
+//   m1_sm90::lightning_states(Tensor k, Tensor v, Tensor slopes, Tensor state_items, bool reverse,
+//       int num_multiprocessors, Tensor(a!) workspace) -> ()
 //   m1_sm90::lightning_decode(Tensor q, Tensor k, Tensor v, Tensor slopes, Tensor(a!) state, float scale,
 //       Tensor(b!) o) -> ()
 

@@ -14,6 +14,7 @@ Source: Lightning Attention-2 (arXiv 2401.04658), algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, zip_longest
@@ -25,6 +26,21 @@ CHUNK_TOKENS = 64
 
 BLOCK_BYTES = 512 * 1024
 """What one operand of a block may take: few, large calls, as long as they stay in a core's cache."""
+
+STATE_TOKENS = {"cpu": 512}
+STATE_TOKENS_ELSEWHERE = 16384
+"""Tokens of one product where only a state is asked for: a few heads in a core's cache; on a GPU, few launches."""
+
+Span = tuple[int, int]
+"""Tokens [start, stop) of one document, or of a part of one that is taken for a whole document."""
+
+LaterState = Callable[[], torch.Tensor | None]
+"""Gives the states that enter a backward walk, once the walk before it is done: they may still be on their way."""
+
+
+def spans_of(borders: tuple[int, ...]) -> tuple[Span, ...]:
+    """The documents between ascending borders."""
+    return tuple(pairwise(borders))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +67,7 @@ class Block:
 
 
 @lru_cache(maxsize=256)
-def plan_blocks(borders: tuple[int, ...], tiles_per_block: int) -> tuple[Block, ...]:
+def plan_blocks(spans: tuple[Span, ...], tiles_per_block: int) -> tuple[Block, ...]:
     """Cut the documents into blocks, in the order of time.
 
     Long documents are cut from their own start. Neighbouring documents that fit into one tile together
@@ -66,8 +82,8 @@ def plan_blocks(borders: tuple[int, ...], tiles_per_block: int) -> tuple[Block, 
             blocks.append(Block(shared[0][1], shared[-1][2], 1, shared[0][0], lengths, True, True))
             shared.clear()
 
-    for document, (start, stop) in enumerate(pairwise(borders)):
-        if shared and stop - shared[0][1] > CHUNK_TOKENS:
+    for document, (start, stop) in enumerate(spans):
+        if shared and (start != shared[-1][2] or stop - shared[0][1] > CHUNK_TOKENS):
             flush()
         if stop - start <= CHUNK_TOKENS:
             shared.append((document, start, stop))
@@ -83,10 +99,10 @@ def plan_blocks(borders: tuple[int, ...], tiles_per_block: int) -> tuple[Block, 
     return tuple(blocks)
 
 
-def blocks_for(operand_THD: torch.Tensor, borders: tuple[int, ...]) -> tuple[Block, ...]:
+def blocks_for(operand_THD: torch.Tensor, spans: tuple[Span, ...]) -> tuple[Block, ...]:
     """The plan for operands like this one: as many tiles per block as the cache holds."""
     tile_bytes = CHUNK_TOKENS * operand_THD[0].numel() * operand_THD.element_size()
-    return plan_blocks(borders, max(1, BLOCK_BYTES // tile_bytes))
+    return plan_blocks(spans, max(1, BLOCK_BYTES // tile_bytes))
 
 
 def state_dtype_for(dtype: torch.dtype) -> torch.dtype:
@@ -268,6 +284,88 @@ class StateWalk:
                 leaving_NHKV[document].addcmul_(entering_NHKV[document], total_H11)
 
 
+def scan_into(
+    o_THV: torch.Tensor,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    slopes_H: torch.Tensor,
+    state_in_NHKV: torch.Tensor | None,
+    spans: tuple[Span, ...],
+    reverse: bool,
+    scale: float,
+    state_out_NHKV: torch.Tensor | None,
+) -> None:
+    """Lightning attention of the N documents that are spans of a pack; arguments already checked.
+
+    q, k [T, H, K], v [T, H, V] with any strides; slopes [H]; states [N, H, K, V] in the state dtype; spans ascend but
+    need not touch. Written: the rows of o [T, H, V] in the spans, and the states after each document's last token
+    (first, if reversed).
+    """
+    q_THK, k_THK, v_THV = operands
+    tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
+    walk = StateWalk(blocks_for(q_THK, spans), tables, state_in_NHKV, state_out_NHKV)
+    for block in walk.blocks:
+        q, k, v = load_tiles(block, q_THK, k_THK, v_THV)
+        intra = torch.bmm(decayed_scores(q, k, block, tables), v)
+        store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables)
+
+
+def scan_backward_into(
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_o_THV: torch.Tensor,
+    later_state: LaterState,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    slopes_H: torch.Tensor,
+    state_in_NHKV: torch.Tensor | None,
+    spans: tuple[Span, ...],
+    reverse: bool,
+    scale: float,
+    last_state_NHKV: torch.Tensor | None,
+) -> None:
+    """The three backward scans of op.py in two walks: dq with time, then dk and dv against it.
+
+    The second walk keeps one state R for both (dk reads its transpose) and reuses the decayed dO V^T of the first.
+    later_state: what enters the second walk. Written: the spans' rows of dq, dk and dv, and R at its end.
+    """
+    q_THK, k_THK, v_THV = operands
+    grad_q, grad_k, grad_v = gradients
+    blocks = blocks_for(q_THK, spans)
+    tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
+    walk = StateWalk(blocks, tables, None if state_in_NHKV is None else state_in_NHKV.mT, None)
+    grad_scores: list[torch.Tensor] = []
+    for block in walk.blocks:
+        k, v, grad = load_tiles(block, k_THK, v_THV, grad_o_THV)
+        grad_scores.append(decayed_scores(grad, v, block, tables))
+        store_sum(grad_q, torch.bmm(grad_scores[-1], k), grad, walk.step(block, v, k), block, tables)
+    against = DecayTables(slopes_H, not reverse, scale, q_THK.dtype)
+    walk = StateWalk(blocks, against, later_state(), last_state_NHKV)
+    for block in walk.blocks:
+        q, k, v, grad = load_tiles(block, q_THK, k_THK, v_THV, grad_o_THV)
+        states = walk.step(block, q, grad)
+        intra_k = torch.bmm(grad_scores.pop().mT, q)
+        store_sum(grad_k, intra_k, v, None if states is None else states.mT, block, against)
+        intra_v = torch.bmm(decayed_scores(k, q, block, against), grad)
+        store_sum(grad_v, intra_v, k, states, block, against)
+
+
+def leaving_states(
+    k_THK: torch.Tensor, v_THV: torch.Tensor, slopes_H: torch.Tensor, spans: tuple[Span, ...], reverse: bool
+) -> torch.Tensor:
+    """What each span adds to a state that passes it in (reversed) time, [M, H, K, V]: sum_j lambda^n k_j v_j^T with
+    n the tokens from j to its last (first) one. Operands and sums in the dtype of states."""
+    dtype = state_dtype_for(k_THK.dtype)
+    states_MHKV = k_THK.new_zeros(len(spans), *k_THK.shape[1:], v_THV.shape[2], dtype=dtype)
+    block_tokens = STATE_TOKENS.get(k_THK.device.type, STATE_TOKENS_ELSEWHERE)
+    for state_HKV, (start, stop) in zip(states_MHKV, spans, strict=True):
+        for first in range(start, stop, block_tokens):
+            last = min(first + block_tokens, stop)
+            places_L = torch.arange(first, last, device=k_THK.device, dtype=torch.float64)
+            distances_L = places_L - start if reverse else stop - 1 - places_L
+            weights_HL1 = torch.exp(-slopes_H.double()[:, None] * distances_L)[:, :, None].to(dtype)
+            k_HLK, v_HLV = (x[first:last].transpose(0, 1).to(dtype) for x in (k_THK, v_THV))
+            state_HKV.baddbmm_((k_HLK * weights_HL1).mT, v_HLV)
+    return states_MHKV
+
+
 def lightning_scan(
     q_THK: torch.Tensor,
     k_THK: torch.Tensor,
@@ -279,61 +377,19 @@ def lightning_scan(
     scale: float = 1.0,
     output_state: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lightning attention over packed documents; arguments already checked.
-
-    q, k [T, H, K], v [T, H, V] with any strides; slopes [H]; state_in [N, H, K, V] in the state dtype; borders:
-    N + 1 ascending token positions from 0 to T. Returns o [T, H, V] in the dtype of q and the states
-    [N, H, K, V] after the last token (first, if reversed) of each document; [0, H, K, V] without output_state.
-    """
-    dtype, num_states = q_THK.dtype, len(borders) - 1 if output_state else 0
-    tables = DecayTables(slopes_H, reverse, scale, dtype)
+    """`scan_into` of all documents between N + 1 borders from 0 to T, into new tensors: o [T, H, V] in the dtype of q
+    and the states [N, H, K, V]; [0, H, K, V] without output_state."""
     o_THV = q_THK.new_empty(v_THV.shape)
-    state_shape = (num_states, *q_THK.shape[1:], v_THV.shape[-1])
-    state_out = q_THK.new_empty(state_shape, dtype=state_dtype_for(dtype))
-    walk = StateWalk(blocks_for(q_THK, borders), tables, state_in_NHKV, state_out if output_state else None)
-    for block in walk.blocks:
-        q, k, v = load_tiles(block, q_THK, k_THK, v_THV)
-        intra = torch.bmm(decayed_scores(q, k, block, tables), v)
-        store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables)
-    return o_THV, state_out
-
-
-def lightning_scan_backward(
-    grad_o_THV: torch.Tensor,
-    later_state_NHKV: torch.Tensor | None,
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    slopes_H: torch.Tensor,
-    state_in_NHKV: torch.Tensor | None,
-    borders: tuple[int, ...],
-    reverse: bool,
-    scale: float,
-    output_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three backward scans of op.py in two walks: dq with time, then dk and dv against it.
-
-    The second walk keeps one state R for both (dk reads its transpose) and reuses the decayed dO V^T of the first.
-    later_state: what enters the second walk, [N, H, K, V] or None. Returns dq, dk, dv and R at its end.
-    """
-    q_THK, k_THK, v_THV = operands
-    num_states = len(borders) - 1 if output_state else 0
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in operands)
-    blocks = blocks_for(q_THK, borders)
-    tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
-    walk = StateWalk(blocks, tables, None if state_in_NHKV is None else state_in_NHKV.mT, None)
-    grad_scores: list[torch.Tensor] = []
-    for block in walk.blocks:
-        k, v, grad = load_tiles(block, k_THK, v_THV, grad_o_THV)
-        grad_scores.append(decayed_scores(grad, v, block, tables))
-        store_sum(grad_q, torch.bmm(grad_scores[-1], k), grad, walk.step(block, v, k), block, tables)
-    against = DecayTables(slopes_H, not reverse, scale, q_THK.dtype)
-    state_shape = (num_states, *q_THK.shape[1:], v_THV.shape[-1])
-    last_state = q_THK.new_empty(state_shape, dtype=state_dtype_for(q_THK.dtype))
-    walk = StateWalk(blocks, against, later_state_NHKV, last_state if output_state else None)
-    for block in walk.blocks:
-        q, k, v, grad = load_tiles(block, q_THK, k_THK, v_THV, grad_o_THV)
-        states = walk.step(block, q, grad)
-        intra_k = torch.bmm(grad_scores.pop().mT, q)
-        store_sum(grad_k, intra_k, v, None if states is None else states.mT, block, against)
-        intra_v = torch.bmm(decayed_scores(k, q, block, against), grad)
-        store_sum(grad_v, intra_v, k, states, block, against)
-    return grad_q, grad_k, grad_v, last_state
+    state_shape = (len(borders) - 1 if output_state else 0, *q_THK.shape[1:], v_THV.shape[-1])
+    states = q_THK.new_empty(state_shape, dtype=state_dtype_for(q_THK.dtype))
+    scan_into(
+        o_THV,
+        (q_THK, k_THK, v_THV),
+        slopes_H,
+        state_in_NHKV,
+        spans_of(borders),
+        reverse,
+        scale,
+        states if output_state else None,
+    )
+    return o_THV, states

@@ -83,8 +83,8 @@ M1_DEVICE M1LightningItem item_at(const Parameters& p, int index) {
   return p.items[index < p.num_items ? index : p.num_items - 1];
 }
 
-// The piece of work as this pass walks it: all of it, or, in the prepass, only the chunks whose contribution is still
-// seen at the end of the segment. Segments that others follow are whole chunks, so whole chunks remain.
+// The piece of work as this pass walks it: all of it, or, in the prepass, only as many whole chunks at its end as are
+// still seen there.
 template <bool kReverse, bool kOutput>
 M1_DEVICE M1LightningItem walked(const Parameters& p, M1LightningItem item) {
   if (kOutput) return item;
@@ -341,6 +341,9 @@ M1_DEVICE void scan(const Parameters& p, const Shared<kKeyDim>& shared) {
       barrier_wait(shared.full(stage), turn / kStages & 1);
       if (valid < int(kChunk)) {
         zero_rows_from(shared.v(stage), valid, at.thread);
+        // With output the scores' warpgroup does this.
+        for (uint32_t tile = 0; !kOutput && tile < kKeyDim / kTileColumns; ++tile)
+          zero_rows_from(shared.k(stage) + tile * kTileBytes, valid, at.thread);
         // The copy engine will write these rows again.
         fence_async_proxy();
         sync_named(kScanThreads, 128);
@@ -456,10 +459,13 @@ extern "C" __attribute__((visibility("default"))) int m1_lightning_scan_sm90(con
   p.call = *call;
   int status = 0;
   if (call->num_tokens > 0) {
-    status = encode_operand(&p.q, call->q, *call, call->key_dim, call->q_stride_token, call->q_stride_head);
-    if (status == 0) status = encode_operand(&p.k, call->k, *call, call->key_dim, call->k_stride_token, call->k_stride_head);
+    status = encode_operand(&p.k, call->k, *call, call->key_dim, call->k_stride_token, call->k_stride_head);
     if (status == 0) status = encode_operand(&p.v, call->v, *call, call->value_dim, call->v_stride_token, call->v_stride_head);
-    if (status == 0) status = encode_operand(&p.o, call->o, *call, call->value_dim, call->o_stride_token, call->o_stride_head);
+    // A prepass alone has neither.
+    if (call->num_items > 0) {
+      if (status == 0) status = encode_operand(&p.q, call->q, *call, call->key_dim, call->q_stride_token, call->q_stride_head);
+      if (status == 0) status = encode_operand(&p.o, call->o, *call, call->value_dim, call->o_stride_token, call->o_stride_head);
+    }
   }
   if (status != 0) return status;
   if (call->key_dim == 64) return call->reverse != 0 ? run_both<64, true>(p) : run_both<64, false>(p);

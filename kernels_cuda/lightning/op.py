@@ -12,7 +12,8 @@ import torch
 
 from kernels_cuda.gradients import register_gradient
 from kernels_cuda.lightning import check, sm90
-from kernels_cuda.lightning.chunked import lightning_scan, lightning_scan_backward, state_dtype_for
+from kernels_cuda.lightning.chunked import spans_of, state_dtype_for
+from kernels_cuda.lightning.spans import scan_backward_into, scan_into
 
 torch.library.define(
     "m1::lightning_attention",
@@ -87,12 +88,18 @@ def _check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
 def _lightning_attention(
     q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
 ):
-    _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
+    num_documents = _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
     check.check_scale(scale)
     check.check_slopes_values(slopes)
-    borders = check.checked_borders(cu_seqlens, q.shape[0])
-    serve = sm90.scan if sm90.can_serve(q, k, v) else lightning_scan
-    return serve(q, k, v, slopes, state_in, borders, reverse, scale, output_state)
+    spans = spans_of(check.checked_borders(cu_seqlens, q.shape[0]))
+    o, state_out = q.new_empty(v.shape), _new_states(q, v, num_documents if output_state else 0)
+    scan_into(o, (q, k, v), slopes, state_in, spans, reverse, scale, state_out if output_state else None)
+    return o, state_out
+
+
+def _new_states(q: torch.Tensor, v: torch.Tensor, num_states: int) -> torch.Tensor:
+    state_shape = (num_states, q.shape[1], q.shape[2], v.shape[2])
+    return q.new_empty(state_shape, dtype=state_dtype_for(q.dtype))
 
 
 @torch.library.register_fake("m1::lightning_attention")
@@ -100,8 +107,7 @@ def _lightning_attention_fake(
     q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
 ):
     num_documents = _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
-    state_shape = (num_documents if output_state else 0, q.shape[1], q.shape[2], v.shape[2])
-    return q.new_empty(v.shape), q.new_empty(state_shape, dtype=state_dtype_for(q.dtype))
+    return q.new_empty(v.shape), _new_states(q, v, num_documents if output_state else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -132,19 +138,29 @@ register_gradient("m1::lightning_attention", _backward, _setup_context)
 def _lightning_attention_backward(
     grad_o, grad_state, q, k, v, slopes, state_in, cu_seqlens, reverse, scale, needs_state
 ):
-    borders = check.checked_borders(cu_seqlens, q.shape[0])
+    spans = spans_of(check.checked_borders(cu_seqlens, q.shape[0]))
     later_state = None
     if grad_state is not None:
         growth_1H11 = torch.exp(slopes.to(grad_state.dtype))[None, :, None, None]
         later_state = grad_state * growth_1H11 / scale
-    serve = sm90.scan_backward if sm90.can_serve(q, k, v, grad_o) else lightning_scan_backward
-    grad_q, grad_k, grad_v, last_state = serve(
-        grad_o, later_state, (q, k, v), slopes, state_in, borders, reverse, scale, needs_state
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    last_state = _new_states(q, v, len(spans) if needs_state else 0)
+    scan_backward_into(
+        grads,
+        grad_o,
+        lambda: later_state,
+        (q, k, v),
+        slopes,
+        state_in,
+        spans,
+        reverse,
+        scale,
+        last_state if needs_state else None,
     )
     if needs_state:
         decay_1H11 = torch.exp(-slopes.to(last_state.dtype))[None, :, None, None]
         last_state = scale * decay_1H11 * last_state
-    return grad_q, grad_k, grad_v, last_state
+    return *grads, last_state
 
 
 @torch.library.register_fake("m1::lightning_attention_backward")
@@ -152,9 +168,8 @@ def _lightning_attention_backward_fake(
     grad_o, grad_state, q, k, v, slopes, state_in, cu_seqlens, reverse, scale, needs_state
 ):
     num_documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    state_shape = (num_documents if needs_state else 0, q.shape[1], q.shape[2], v.shape[2])
-    state = q.new_empty(state_shape, dtype=state_dtype_for(q.dtype))
-    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), state
+    states = _new_states(q, v, num_documents if needs_state else 0)
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), states
 
 
 def _check_decode_shapes(q, k, v, slopes, state) -> None:

@@ -6,6 +6,7 @@ Pure functions of the shapes, no device. csrc/launch.h defines the eight integer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -50,16 +51,30 @@ def cut_document(start: int, stop: int, segment_tokens: int, reverse: bool) -> l
 def plan_scan(
     borders: tuple[int, ...], num_heads: int, value_dim: int, reverse: bool, num_multiprocessors: int
 ) -> ScanPlan:
-    """Plan one call over the documents between borders.
+    """Plan one call over all documents between borders."""
+    return plan_spans(
+        tuple(pairwise(borders)), borders[-1], num_heads, value_dim, reverse, num_multiprocessors
+    )
+
+
+def plan_spans(
+    spans: tuple[tuple[int, int], ...],
+    num_tokens: int,
+    num_heads: int,
+    value_dim: int,
+    reverse: bool,
+    num_multiprocessors: int,
+) -> ScanPlan:
+    """Plan one call over documents that are spans [start, stop) of num_tokens packed ones.
 
     Items are dealt to persistent blocks in turn, longest first and back and forth, which keeps the blocks' sums
     of tokens close.
     """
     value_blocks = value_dim // VALUE_COLUMNS
-    segment_tokens = segment_tokens_for(borders[-1], num_heads * value_blocks, num_multiprocessors)
+    segment_tokens = segment_tokens_for(num_tokens, num_heads * value_blocks, num_multiprocessors)
     segments: list[tuple[int, ...]] = []
     num_slots = 0
-    for document, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for document, (start, stop) in enumerate(spans):
         cuts = cut_document(start, stop, segment_tokens, reverse)
         for earlier, (first, tokens) in enumerate(cuts):
             segments.append(
@@ -74,6 +89,49 @@ def plan_scan(
         num_slots=num_slots,
         segment_tokens=segment_tokens,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlan:
+    """Work of a prepass alone: the states of M spans, in S segments that are one slot of the workspace each."""
+
+    items: torch.Tensor
+    """int32 [n, 8] on CPU."""
+    owned_MS: torch.Tensor
+    """1 where a segment is part of a span, else 0."""
+    after_MS: torch.Tensor
+    """Tokens of the span that come after the segment in (reversed) time; 0 where it is not part of it."""
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.owned_MS.shape[1]
+
+
+def plan_states(
+    spans: tuple[tuple[int, int], ...],
+    num_heads: int,
+    value_dim: int,
+    reverse: bool,
+    num_multiprocessors: int,
+) -> StatePlan:
+    """Plan the states that spans of a pack leave; cut where heads alone leave half of the GPU idle."""
+    value_blocks = value_dim // VALUE_COLUMNS
+    segments: list[tuple[int, ...]] = []
+    places: list[tuple[int, int, int]] = []
+    for span, (start, stop) in enumerate(spans):
+        length = segment_tokens_for(stop - start, num_heads * value_blocks, num_multiprocessors)
+        rest = stop - start
+        for first, tokens in cut_document(start, stop, length, reverse):
+            rest -= tokens
+            places.append((span, len(segments), rest))
+            segments.append((first, tokens, 0, 0, span, 0, len(segments), 0))
+    owned_MS = torch.zeros(len(spans), len(segments), dtype=torch.float64)
+    after_MS = torch.zeros_like(owned_MS)
+    for span, slot, rest in places:
+        owned_MS[span, slot], after_MS[span, slot] = 1, rest
+    items = for_every_column(sorted(segments, key=lambda segment: -segment[1]), num_heads, value_blocks)
+    return StatePlan(items=items.contiguous(), owned_MS=owned_MS, after_MS=after_MS)
 
 
 def for_every_column(segments: list[tuple[int, ...]], num_heads: int, value_blocks: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels_cuda import build
-from kernels_cuda.lightning.plan import ScanPlan, plan_scan
+from kernels_cuda.lightning.chunked import LaterState, Span
+from kernels_cuda.lightning.plan import ScanPlan, plan_spans, plan_states
 
 logger = logging.getLogger(__name__)
 
@@ -76,122 +77,119 @@ class DevicePlan:
 
 @functools.lru_cache(maxsize=64)
 def _planned(
-    borders: tuple[int, ...], num_heads: int, value_dim: int, device: torch.device, stream: int
+    spans: tuple[Span, ...],
+    num_tokens: int,
+    num_heads: int,
+    value_dim: int,
+    device: torch.device,
+    stream: int,
 ) -> tuple[DevicePlan, DevicePlan]:
     """The plans of a packed batch, forwards and backwards in time: the same for every layer.
 
     One copy that the host does not wait for; who asks on another stream gets a copy of its own.
     """
     blocks = _num_multiprocessors(device)
-    plans = [plan_scan(borders, num_heads, value_dim, reverse, blocks) for reverse in (False, True)]
+    plans = [
+        plan_spans(spans, num_tokens, num_heads, value_dim, reverse, blocks) for reverse in (False, True)
+    ]
     parts = [part for plan in plans for part in (plan.items, plan.state_items)]
     moved = torch.cat(parts).pin_memory().to(device, non_blocking=True)
     on_device = moved.split([len(part) for part in parts])
     return DevicePlan(plans[0], *on_device[:2]), DevicePlan(plans[1], *on_device[2:])
 
 
-def _scan_into(
+def _plan_for(spans: tuple[Span, ...], v: torch.Tensor, reverse: bool) -> DevicePlan:
+    stream = torch.cuda.current_stream(v.device).cuda_stream
+    return _planned(spans, v.shape[0], v.shape[1], v.shape[2], v.device, stream)[reverse]
+
+
+def scan_into(
     o: torch.Tensor,
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     slopes: torch.Tensor,
     state_in: torch.Tensor | None,
-    plan: DevicePlan,
+    spans: tuple[Span, ...],
     reverse: bool,
     scale: float,
     state_out: torch.Tensor | None,
 ) -> None:
-    """One pass of the kernel; o [T, H, V] and state_out fp32 [N, H, K, V] (or None) are written."""
+    """chunked.scan_into as one pass of the kernel; arguments checked and served (can_serve)."""
     q, k, v = operands
-    state_shape = (plan.plan.num_slots, q.shape[1], q.shape[2], v.shape[2])
-    workspace = q.new_empty(state_shape, dtype=torch.float32) if plan.plan.num_slots else None
-    torch.ops.m1_sm90.lightning_scan(
-        q,
-        k,
-        v,
-        slopes,
-        state_in,
-        plan.items,
-        plan.state_items,
-        plan.plan.segment_tokens,
-        reverse,
-        scale,
-        _num_multiprocessors(q.device),
-        o,
-        state_out,
-        workspace,
-    )
-
-
-def _plans_for(
-    borders: tuple[int, ...], num_heads: int, value_dim: int, device: torch.device
-) -> tuple[DevicePlan, DevicePlan]:
-    return _planned(borders, num_heads, value_dim, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-def scan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    state_in: torch.Tensor | None,
-    borders: tuple[int, ...],
-    reverse: bool,
-    scale: float,
-    output_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """chunked.lightning_scan on the kernels; arguments checked and served (can_serve)."""
-    state_shape = (len(borders) - 1 if output_state else 0, q.shape[1], q.shape[2], v.shape[2])
-    o, state_out = q.new_empty(v.shape), q.new_empty(state_shape, dtype=torch.float32)
     with torch.cuda.device(q.device):
-        plan = _plans_for(borders, q.shape[1], v.shape[2], q.device)[reverse]
-        _scan_into(
-            o,
-            (q, k, v),
+        plan = _plan_for(spans, v, reverse)
+        state_shape = (plan.plan.num_slots, q.shape[1], q.shape[2], v.shape[2])
+        workspace = q.new_empty(state_shape, dtype=torch.float32) if plan.plan.num_slots else None
+        torch.ops.m1_sm90.lightning_scan(
+            q,
+            k,
+            v,
             slopes.float(),
             state_in,
-            plan,
+            plan.items,
+            plan.state_items,
+            plan.plan.segment_tokens,
             reverse,
             scale,
-            state_out if output_state else None,
+            _num_multiprocessors(q.device),
+            o,
+            state_out,
+            workspace,
         )
-    return o, state_out
 
 
-def scan_backward(
+def scan_backward_into(
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grad_o: torch.Tensor,
-    later_state: torch.Tensor | None,
+    later_state: LaterState,
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     slopes: torch.Tensor,
     state_in: torch.Tensor | None,
-    borders: tuple[int, ...],
+    spans: tuple[Span, ...],
     reverse: bool,
     scale: float,
-    output_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """chunked.lightning_scan_backward as three calls of the forward kernel, on permuted operands and states."""
+    last_state: torch.Tensor | None,
+) -> None:
+    """chunked.scan_backward_into as three passes of the forward kernel, on permuted operands and states."""
     q, k, v = operands
-    num_heads, key_dim, value_dim = q.shape[1], q.shape[2], v.shape[2]
-    earlier, later = (None if state is None else state.transpose(2, 3) for state in (state_in, later_state))
-    grad_q, grad_k, grad_v = (q.new_empty(x.shape) for x in operands)
-    state_shape = (len(borders) - 1 if output_state else 0, num_heads, key_dim, value_dim)
-    last_state = q.new_empty(state_shape, dtype=torch.float32)
-    slopes = slopes.float()
-    with torch.cuda.device(q.device):
-        over_keys = _plans_for(borders, num_heads, key_dim, q.device)
-        over_values = _plans_for(borders, num_heads, value_dim, q.device)
-        _scan_into(grad_q, (grad_o, v, k), slopes, earlier, over_keys[reverse], reverse, scale, None)
-        _scan_into(grad_k, (v, grad_o, q), slopes, later, over_keys[not reverse], not reverse, scale, None)
-        _scan_into(
-            grad_v,
-            (k, q, grad_o),
-            slopes,
-            later_state,
-            over_values[not reverse],
-            not reverse,
-            scale,
-            last_state if output_state else None,
+    grad_q, grad_k, grad_v = gradients
+    earlier = None if state_in is None else state_in.transpose(2, 3)
+    scan_into(grad_q, (grad_o, v, k), slopes, earlier, spans, reverse, scale, None)
+    later = later_state()
+    turned = None if later is None else later.transpose(2, 3)
+    scan_into(grad_k, (v, grad_o, q), slopes, turned, spans, not reverse, scale, None)
+    scan_into(grad_v, (k, q, grad_o), slopes, later, spans, not reverse, scale, last_state)
+
+
+@functools.lru_cache(maxsize=64)
+def _planned_states(
+    spans: tuple[Span, ...], num_heads: int, value_dim: int, reverse: bool, device: torch.device, stream: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Items, and which segments make which span how far apart, on the device."""
+    plan = plan_states(spans, num_heads, value_dim, reverse, _num_multiprocessors(device))
+    items, owned, after = (
+        x.pin_memory().to(device, non_blocking=True) for x in (plan.items, plan.owned_MS, plan.after_MS)
+    )
+    return items, owned, after
+
+
+def leaving_states(
+    k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, spans: tuple[Span, ...], reverse: bool
+) -> torch.Tensor:
+    """chunked.leaving_states as the kernel's prepass, which leaves out what is below 2^-25 of each head; segments of
+    long spans are summed in fp32."""
+    num_heads, key_dim, value_dim = k.shape[1], k.shape[2], v.shape[2]
+    with torch.cuda.device(k.device):
+        stream = torch.cuda.current_stream(k.device).cuda_stream
+        items, owned_MS, after_MS = _planned_states(spans, num_heads, value_dim, reverse, k.device, stream)
+        num_spans, num_slots = owned_MS.shape
+        states_SHKV = k.new_empty(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32)
+        torch.ops.m1_sm90.lightning_states(
+            k, v, slopes.float(), items, reverse, _num_multiprocessors(k.device), states_SHKV
         )
-    return grad_q, grad_k, grad_v, last_state
+    if num_spans == num_slots:
+        return states_SHKV
+    weights_MSH = owned_MS[:, :, None] * torch.exp(-slopes.double() * after_MS[:, :, None])
+    return torch.einsum("msh,shkv->mhkv", weights_MSH.float(), states_SHKV)
 
 
 def decode(

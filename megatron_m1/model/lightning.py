@@ -21,8 +21,7 @@ from megatron_m1.model.extend import extend_lightning
 from megatron_m1.model.norm import AllHeadsRMSNorm
 from megatron_m1.model.packed import Packed
 from megatron_m1.model.prefill import prefill_lightning
-from parallel.decayed_sums import horizon_of
-from parallel.lasp import ContextShare, lightning_attention_over_ranks
+from parallel.lasp import ContextShare, horizon_of, lightning_attention_over_ranks
 from parallel.layout import Layout
 from parallel.state_exchange import exchange_of
 
@@ -87,4 +86,4 @@ class LightningAttention(MegatronModule):
         share = ContextShare(split=packed.split, exchange=self.exchange, horizon_tokens=self.horizon_tokens)
         if extension is not None:
             return prefill_lightning(q, k, v, slopes, self.layer_index, packed, share, self.cp_group)
-        return lightning_attention_over_ranks(q, k, v, slopes, cu_seqlens, share)
+        return lightning_attention_over_ranks(q, k, v, slopes, share)

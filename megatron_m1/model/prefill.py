@@ -65,7 +65,7 @@ def prefill_lightning(
 ) -> torch.Tensor:
     """Outputs [T, h, V] of one lightning layer; every rank of `group` keeps all documents' states."""
     extension = extension_of(packed)
-    o, closed_NhKV = prefill_over_ranks(q, k, v, slopes, packed.cu_seqlens, share)
+    o, closed_NhKV = prefill_over_ranks(q, k, v, slopes, share)
     dist.all_reduce(closed_NhKV, group=group)
     states = extension.cache.states(layer, *closed_NhKV.shape[1:])
     states[list(extension.slots_N)] = closed_NhKV

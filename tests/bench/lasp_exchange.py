@@ -106,10 +106,7 @@ def measure(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
     def lasp(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         split = cut_over_ranks((0, len(q) * group.size()), group.size(), "contiguous")
-        borders = torch.tensor([0, len(q)], dtype=torch.int32, device=device)
-        return lightning_attention_over_ranks(
-            q, k, v, slopes_H, borders, ContextShare(split=split, exchange=exchange)
-        )
+        return lightning_attention_over_ranks(q, k, v, slopes_H, ContextShare(split=split, exchange=exchange))
 
     ways: dict[str, Callable[..., torch.Tensor]] = {
         "LASP+": lasp,

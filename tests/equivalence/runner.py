@@ -20,6 +20,7 @@ from megatron_m1.training.gradient_parts import GradientParts
 from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_m1.training.step import run_microbatches, wrap_for_gradients
 from parallel.groups import Groups, create_groups, destroy_groups
+from parallel.launch import read_environment
 from tests.equivalence.matrix import Case
 
 MODEL = ModelConfig(
@@ -74,7 +75,7 @@ def _run_case(case: Case) -> dict[str, Any]:
     options = dict(case.options)
     recompute, overlap = options.pop("recompute", "none"), options.pop("overlap", False)
     model = dataclasses.replace(MODEL, **options)
-    groups = create_groups(case.layout, torch.device("cpu"))
+    groups = create_groups(case.layout, read_environment().device)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     chunks = build_model(model, groups, recompute=recompute, seed=7)
     for chunk in chunks:
@@ -137,7 +138,7 @@ def _make_heads_unequal(chunk: HybridModel) -> None:
         if tensor.key.endswith("linear_qkvg.weight"):
             rows = torch.arange(tensor.local_shape[0]) + tensor.global_offset[0]
             heads = rows // (4 * MODEL.head_dim)
-            tensor.data.data *= (0.3 * 1.6**heads)[:, None]
+            tensor.data.data *= (0.3 * 1.6**heads)[:, None].to(tensor.data.device)
         elif "norm" in tensor.key:
             whole = 0.5 + torch.rand(
                 tensor.global_shape, generator=torch.Generator().manual_seed(len(tensor.key))
@@ -153,7 +154,7 @@ def _pieces(chunks: list[HybridModel], read: Any) -> Pieces:
         logical = chunk.logical_tensors()
         for name, parameter in chunk.named_parameters():
             tensor = logical[name]
-            values = read(parameter).clone().numpy()
+            values = read(parameter).cpu().clone().numpy()
             pieces.setdefault(tensor.key, []).append((tensor.global_offset, tensor.global_shape, values))
     return pieces
 
@@ -176,7 +177,7 @@ def _record_routing(
                     return
                 packed, row = inputs[1], ids[len(calls)][0]
                 numbers = packed.split.token_numbers(packed.rank).chunk(case.layout.tp)[place["tp"]]
-                seen[layer, row] = (row * SEQUENCE + numbers.numpy(), output[1].numpy().copy())
+                seen[layer, row] = (row * SEQUENCE + numbers.numpy(), output[1].cpu().numpy().copy())
                 calls.append(None)
 
             router.register_forward_hook(note)

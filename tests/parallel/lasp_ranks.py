@@ -10,8 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.decayed_sums import horizon_of
-from parallel.lasp import ContextShare, lightning_attention_over_ranks, prefill_over_ranks
+from parallel.lasp import (
+    ContextShare,
+    horizon_of,
+    lightning_attention_over_ranks,
+    prefill_over_ranks,
+)
 from parallel.relay import Relay
 from parallel.split import Segment, Split
 from parallel.state_exchange import AllGather, Hierarchical, Ring, StateExchange
@@ -101,17 +105,16 @@ def _run(case: Case, exchanges: _Exchanges) -> dict[str, Any]:
     for x in (q, k, v):
         x.requires_grad_()
     slopes = torch.tensor(case.slopes)
-    if case.fault == "drops the correction":
+    if case.fault == "loses what entered":
         exchange = _GivesNothing(exchange)
     if case.fault == "leaks over a document edge":
         split = Split.of((0, case.borders[-1]), case.segments)
     share = ContextShare(split=split, exchange=exchange, horizon_tokens=horizon_of(slopes, case.decay_floor))
-    cu_seqlens = torch.tensor(case.split.local_borders(rank), dtype=torch.int32)
     with counted_bytes() as forward:
-        o = lightning_attention_over_ranks(q, k, v, slopes, cu_seqlens, share)
+        o = lightning_attention_over_ranks(q, k, v, slopes, share)
     with counted_bytes() as backward:
         o.backward(grad_o)
-    o_prefilled, states = prefill_over_ranks(q, k, v, slopes, cu_seqlens, share)
+    o_prefilled, states = prefill_over_ranks(q, k, v, slopes, share)
     assert torch.equal(o_prefilled, o), case
     return {
         "o": o.detach(),

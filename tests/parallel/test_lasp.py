@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kernels_cuda.lightning.decay import lightning_slopes
 from kernels_cuda.lightning.reference import recurrence
-from parallel.decayed_sums import horizon_of
+from parallel.lasp import horizon_of
 from parallel.split import cut_over_ranks
 from tests import tolerances
 from tests.parallel.lasp_ranks import HEADS, KEY_DIM, VALUE_DIM, Case, operands, run_cases
@@ -64,7 +64,7 @@ FAULTS = {
     f"{fault}, {kind}, {exchange}": usual(
         CROSSING, 4, kind, exchange=exchange, inner=2 if exchange == "hierarchical" else 1, fault=fault
     )
-    for fault in ("drops the correction", "leaks over a document edge")
+    for fault in ("loses what entered", "leaks over a document edge")
     for kind in ("zigzag", "contiguous")
     for exchange in EXCHANGES
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels_cuda.lightning.plan import ScanPlan, plan_scan
+from kernels_cuda.lightning.plan import ScanPlan, plan_scan, plan_states
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "kernels_cuda" / "csrc"
@@ -140,6 +140,27 @@ def emulate_scan(
     )
     run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
     return o, state_out
+
+
+def emulate_states(
+    library: ctypes.CDLL,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    spans: tuple[tuple[int, int], ...],
+    reverse: bool,
+) -> torch.Tensor:
+    """Run the prepass alone on one emulated multiprocessor, where no span is cut: [M, H, K, V]."""
+    num_tokens, num_heads, key_dim = k.shape
+    value_dim = v.shape[2]
+    plan = plan_states(spans, num_heads, value_dim, reverse, 1)
+    workspace = torch.full((plan.num_slots, num_heads, key_dim, value_dim), float("nan"))
+    tensors = (None, k, v, None, slopes, None, None, workspace, None, plan.items)
+    strides = [stride for x in (k, k, v, v) for stride in x.stride()[:2]]
+    counts = (0, len(plan.items), 0, num_tokens, num_heads, key_dim, value_dim, int(reverse))
+    call = ScanCall(*map(address, tensors), *strides, 0, 0, 0, 0, *counts, 1.0, 1, None)
+    run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
+    return workspace
 
 
 def emulate_decode(

@@ -12,7 +12,13 @@ import torch
 
 from kernels_cuda.bench.measure import worst_head_error, worst_state_error
 from kernels_cuda.lightning.reference import recurrence
-from tests.kernels_cuda.emulator.harness import LIGHTNING, EmulatorFault, compile_kernel, emulate_scan
+from tests.kernels_cuda.emulator.harness import (
+    LIGHTNING,
+    EmulatorFault,
+    compile_kernel,
+    emulate_scan,
+    emulate_states,
+)
 from tests.tolerances import BF16_OUTPUT_RMS, BF16_STATE_RMS
 
 TILES = LIGHTNING.parents[1] / "csrc" / "tile.cuh"
@@ -89,6 +95,12 @@ FAULTS = {
         "",
         None,
     ),
+    "prepass: keys past the end not zeroed": (
+        "kernel",
+        "!kOutput && tile < kKeyDim / kTileColumns",
+        "tile < 0",
+        None,
+    ),
     "scores not fenced for the tensor cores": (
         "kernel",
         "fence_async_proxy();\n      sync_warp();\n      if (at.lane == 0) barrier_arrive(shared.scores_full(buffer));",
@@ -147,7 +159,8 @@ def planted(where: str, right: str, wrong: str) -> str:
 
 
 def worst_errors(library: ctypes.CDLL) -> tuple[float, float]:
-    """Errors of o and of the states of two documents before one of NaN; head dim 128, more chunks than stages."""
+    """Errors of o and of the states of two documents before one of NaN, those of the prepass alone added; head dim
+    128, more chunks than stages."""
     torch.manual_seed(0)
     borders = (0, 65, 417, 481)
     slopes = torch.tensor([0.01, 0.9])
@@ -157,13 +170,15 @@ def worst_errors(library: ctypes.CDLL) -> tuple[float, float]:
     o, states = emulate_scan(library, (q, k, v), slopes, None, borders)
     q64, k64, v64 = (x[:417].double() for x in (q, k, v))
     exact_o, exact_states = recurrence(q64, k64, v64, slopes, None, torch.tensor(borders[:3]))
-    return worst_head_error(o[:417], exact_o), worst_state_error(states[:2], exact_states)
+    alone = emulate_states(library, k, v, slopes, ((0, 65), (65, 417)), False)
+    state_errors = [worst_state_error(found, exact_states) for found in (states[:2], alone)]
+    return worst_head_error(o[:417], exact_o), sum(state_errors)
 
 
 def test_without_a_fault_the_same_run_is_right():
     o_error, state_error = worst_errors(compile_kernel(LIGHTNING))
     assert o_error <= BF16_OUTPUT_RMS
-    assert state_error <= BF16_STATE_RMS
+    assert state_error <= 2 * BF16_STATE_RMS
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -178,4 +193,4 @@ def test_the_planted_fault_is_caught(name):
         errors = worst_errors(library)
     except EmulatorFault:
         return
-    assert not (errors[0] <= BF16_OUTPUT_RMS and errors[1] <= BF16_STATE_RMS), errors
+    assert not (errors[0] <= BF16_OUTPUT_RMS and errors[1] <= 2 * BF16_STATE_RMS), errors

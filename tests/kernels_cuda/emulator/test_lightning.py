@@ -17,6 +17,7 @@ from tests.kernels_cuda.emulator.harness import (
     compile_kernel,
     emulate_decode,
     emulate_scan,
+    emulate_states,
 )
 from tests.tolerances import BF16_OUTPUT_RMS, BF16_STATE_RMS
 
@@ -98,6 +99,22 @@ def test_segments_and_their_prepass_match_the_recurrence(library, with_state, re
     got = emulate_scan(library, (q, k, v), SLOPES, state, borders, reverse, plan=plan)
     exact = recurrence(q.double(), k.double(), v.double(), SLOPES, state, torch.tensor(borders), reverse)
     assert_matches(got, exact)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 128), (128, 64)])
+def test_a_prepass_alone_gives_the_states_of_ragged_spans(library, key_dim, value_dim, reverse):
+    torch.manual_seed(6)
+    spans = ((1, 2), (10, 73), (80, 209), (210, 500))
+    _, k, v = interleaved_qkv(520, key_dim, value_dim)
+    alone = torch.full((520, 1, 1), math.nan)
+    for span in spans:
+        alone[slice(*span)] = 0
+    states = emulate_states(library, (k + alone).bfloat16(), (v + alone).bfloat16(), SLOPES, spans, reverse)
+    for state, (start, stop) in zip(states, spans, strict=True):
+        part = [x[start:stop].double() for x in (k, k, v)]
+        _, exact = recurrence(*part, SLOPES, reverse=reverse)
+        assert worst_state_error(state[None], exact) <= BF16_STATE_RMS, (start, stop)
 
 
 def test_gradients_of_the_four_calls_match_fp64_autograd(library):

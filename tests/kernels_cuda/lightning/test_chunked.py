@@ -10,11 +10,12 @@ from kernels_cuda.lightning import chunked
 from kernels_cuda.lightning.chunked import (
     CHUNK_TOKENS,
     lightning_scan,
-    lightning_scan_backward,
     plan_blocks,
+    spans_of,
     state_dtype_for,
 )
 from kernels_cuda.lightning.reference import recurrence
+from tests.kernels_cuda.lightning.backward import lightning_scan_backward
 from tests.tolerances import BF16_OUTPUT_RMS, BF16_STATE_RMS
 
 LIMITS = {
@@ -54,7 +55,7 @@ def test_matches_the_recurrence(dtype, reverse, with_state, borders):
 
 def test_blocks_cover_every_token_once_and_never_mix_a_cut_document():
     borders = (0, 10, 10, 40, 64, 200, 210, 211, 500)
-    blocks = plan_blocks(borders, 3)
+    blocks = plan_blocks(spans_of(borders), 3)
     assert [token for block in blocks for token in range(block.start, block.stop)] == list(range(500))
     assert all(len(block.lengths) == 1 for block in blocks if not (block.opens and block.closes))
     assert [(block.num_tiles, block.tile_tokens) for block in blocks] == [

@@ -12,11 +12,11 @@ import torch
 from kernels_cuda.lightning.chunked import (
     CHUNK_TOKENS,
     lightning_scan,
-    lightning_scan_backward,
     state_dtype_for,
 )
 from kernels_cuda.lightning.decay import lightning_slopes
 from kernels_cuda.lightning.op import lightning_attention
+from tests.kernels_cuda.lightning.backward import lightning_scan_backward
 from tests.tolerances import BF16_OUTPUT_RMS, BF16_STATE_RMS
 
 SHORT, LONG = 4096, 131_072

@@ -137,7 +137,7 @@ def test_a_bad_argument_is_named_before_anything_runs(message, monkeypatch):
     def never(*_):
         raise AssertionError("launched")
 
-    monkeypatch.setattr("kernels_cuda.lightning.op.lightning_scan", never)
+    monkeypatch.setattr("kernels_cuda.lightning.op.scan_into", never)
     with pytest.raises(ValueError, match=message):
         lightning_attention(**REFUSED[message]())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels_cuda.lightning.plan import cut_document, deal_out, plan_scan, segment_tokens_for
+from kernels_cuda.lightning.plan import cut_document, deal_out, plan_scan, plan_states, segment_tokens_for
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -48,3 +48,19 @@ def test_a_document_is_cut_alike_whatever_its_neighbours():
 def test_dealing_keeps_all_items_and_turns_every_second_round():
     rows = torch.arange(7, dtype=torch.int32)[:, None].expand(7, 8)
     assert deal_out(rows, 3)[:, 0].tolist() == [0, 1, 2, 5, 4, 3, 6]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_of_spans_cover_them_once_and_know_what_comes_after(reverse):
+    spans = ((3, 50), (100, 5000))
+    plan = plan_states(spans, 8, 128, reverse, 132)
+    seen = torch.zeros(8, 2, 5000, dtype=torch.int64)
+    for first, tokens, head, block, span, earlier, slot, closes in plan.items.tolist():
+        seen[head, block, first : first + tokens] += 1
+        after = first - spans[span][0] if reverse else spans[span][1] - first - tokens
+        assert (plan.owned_MS[span, slot], plan.after_MS[span, slot]) == (1, after)
+        assert (earlier, closes) == (0, 0)
+    inside = torch.zeros(5000, dtype=torch.int64)
+    inside[3:50] = inside[100:5000] = 1
+    assert seen.eq(inside).all()
+    assert plan.owned_MS.sum() == plan.num_slots == 9
