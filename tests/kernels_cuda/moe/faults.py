@@ -149,6 +149,11 @@ FAULTS = {
         "const int row_tiles = kShort ? has_short(rows) : whole;",
         "const int row_tiles = kShort ? has_short(rows) : FAULT ? 0 : whole;",
     ),
+    "second row of tiles skipped": (
+        TILES,
+        ": place_in_bands(local, row_tiles",
+        ": place_in_bands(FAULT ? local - local % row_tiles : local, row_tiles",
+    ),
     "an expert's rows start one early": (
         TILES,
         "first_row_ += num_rows_;",
