@@ -35,9 +35,9 @@ def invoke(*arguments: str):
 def test_the_commands_are_those_that_work():
     help_text = invoke("--help").output
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert names == {"train", "doctor"}
+    assert names == {"train", "serve", "generate", "doctor"}
     assert [group.name for group in cli.app.registered_groups] == ["data", "launch", "ckpt"]
-    assert all(name in help_text for name in ("train", "data", "doctor"))
+    assert all(name in help_text for name in ("train", "serve", "generate", "data", "doctor"))
 
 
 def test_train_passes_the_resolved_run_and_resumes_by_default(trained):
@@ -76,6 +76,7 @@ def test_the_demo_data_command_prints_what_was_made(monkeypatch, tmp_path):
         vocab_size=4096,
         train=split,
         held_out=split,
+        num_conversations={"train": 7, "held_out": 2},
         unigram_entropy_nats_per_token=6.25,
         parts_reused=(),
     )
