@@ -42,7 +42,7 @@ check: venv
 
 # Two workers, because the smallest machine we test on has two cores; a file's tests stay on one worker.
 test: venv slurm-packages
-	$(PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
+	$(PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --durations 12
 
 # Debian's own packages; where they cannot be had the tests say so and are skipped, in CI they fail.
 slurm-packages:

@@ -42,6 +42,16 @@ KNOWN_WARNINGS = (
     ".*Apex (is|are) not installed",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
 )
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.FIELD=VALUE]...", help="Values laid over the run: layout.tp=2 and the like."
+    ),
+]
+RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A preset name or a YAML run file.")]
+TrainedRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run directory, a preset name or a YAML run file.")
+]
 USER_MISTAKE = 2
 SOMETHING_BROKEN = 1
 
@@ -53,11 +63,8 @@ def _root() -> None:
 
 @app.command()
 def train(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A preset name or a YAML run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Values laid over the run file."),
-    ] = None,
+    run: RunFile,
+    overrides: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -92,15 +99,8 @@ def train(
 
 @app.command()
 def serve(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run directory, a preset name or a YAML run file.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.FIELD=VALUE]...", help="Laid over the run: layout.tp=2 and the like."
-        ),
-    ] = None,
+    run: TrainedRun,
+    overrides: Overrides = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; there is no authentication.")
     ] = "127.0.0.1",
@@ -122,15 +122,8 @@ def serve(
 
 @app.command()
 def generate(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run directory, a preset name or a YAML run file.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.FIELD=VALUE]...", help="Laid over the run: layout.tp=2 and the like."
-        ),
-    ] = None,
+    run: TrainedRun,
+    overrides: Overrides = None,
     prompt: Annotated[str, typer.Option(help="What is continued.")] = "def main(",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.7,
@@ -254,11 +247,8 @@ def data_chat(
 
 @data_app.command("inspect")
 def data_inspect(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A preset name or a YAML run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Values laid over the run file."),
-    ] = None,
+    run: RunFile,
+    overrides: Overrides = None,
     sample: Annotated[int, typer.Option(help="First sample to show, as consumed_samples counts.")] = 0,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens to show of a longer document.")] = 120,
@@ -300,11 +290,8 @@ def run_doctor() -> None:
 
 @launch_app.command("slurm")
 def launch_slurm(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A preset name or a YAML run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Values laid over the run file."),
-    ] = None,
+    run: RunFile,
+    overrides: Overrides = None,
     site: Annotated[Path | None, typer.Option(help="YAML file with what your cluster is like.")] = None,
     nodes: Annotated[
         int | None, typer.Option(help="Nodes; dp grows to fill them. Default: the layout's.")
