@@ -98,6 +98,9 @@ def connect(launch: Launch, *, timeout_s: float = 1800.0) -> None:
     Raises:
         ValueError: several ranks, but no rendezvous address in the environment.
     """
+    # One hardware queue keeps a collective that was started first ahead of the product that hides it; read when CUDA
+    # starts, and what megatron-core asks for under sequence parallelism. A user may set another.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if launch.device.type == "cuda":
         torch.cuda.set_device(launch.device)
     if launch.world_size > 1 and "MASTER_ADDR" not in os.environ:

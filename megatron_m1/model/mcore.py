@@ -63,4 +63,6 @@ def transformer_config(
         # batched point-to-point calls give wrong gradients under interleaving on gloo
         batch_p2p_comm=on_gpu and layout.vpp == 1,
         hetereogenous_dist_checkpoint=True,
+        # the default is a deprecated word for the same, and every rank would say so
+        cuda_graph_scope=[],
     )
