@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_m1.longcontext.jump import Explosion, JumpWatch
-from megatron_m1.longcontext.pictures import growth_picture
 from megatron_m1.report import Report
 from megatron_m1.stages import Stage
 from megatron_m1.training.gradient_parts import GradientParts
@@ -63,6 +62,8 @@ class JumpGuard:
         if explosion is None:
             return False
         if dist.get_rank() == 0:
+            from megatron_m1.longcontext.pictures import growth_picture
+
             path = self._stage.config.run_dir / "pictures" / f"jump-step_{metrics.step:08d}.png"
             growth_picture(explosion, f"stage {self._stage.name}, step {metrics.step}", path)
             report.keep(metrics.step, path)

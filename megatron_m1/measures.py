@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from data_pipeline.needle_rows import NeedleRows
 from megatron_m1.longcontext.evaluate import NeedleGrid, find_needles, loss_by_position
-from megatron_m1.longcontext.pictures import needle_picture, position_picture
 from megatron_m1.stages import Stage
 from megatron_m1.training.batch import Row
 from parallel.groups import Groups
@@ -76,6 +75,8 @@ class Measures:
     def _show(self, step: int, grid: NeedleGrid, name: str, what: str) -> dict[str, float]:
         """Picture and numbers of a grid; its metrics."""
         if dist.get_rank() == 0:
+            from megatron_m1.longcontext.pictures import needle_picture
+
             path = self._pictures / f"{name}-step_{step:08d}.png"
             needle_picture(grid, f"stage {self._stage.name}, step {step}: {what}", path)
             self._write(
@@ -92,6 +93,8 @@ class Measures:
             return {}
         curve = loss_by_position(self._chunks, self._groups, self._held_out(range(count)))
         if dist.get_rank() == 0:
+            from megatron_m1.longcontext.pictures import position_picture
+
             path = self._pictures / f"positions-step_{step:08d}.png"
             position_picture({f"stage {self._stage.name}, step {step}": curve}, path)
             losses = [None if math.isnan(loss) else loss for loss in curve.loss_nats.tolist()]
