@@ -3,7 +3,8 @@
 A controlled comparison in miniature of MiniMax-M1 (arXiv 2506.13585, Figure 2): for every seed one warm start, from
 which the three losses go on with the same prompts in the same order, the same schedule of 16 off-policy updates per
 generation batch, and the same settings otherwise. Every run is an `m1 train` of the preset `rl-tiny` in one process.
-OUT gets a picture with confidence bands, the numbers as JSON, and the runs; a run that is there is not repeated.
+OUT gets a picture with confidence bands, the numbers as JSON, and the runs. It may be ended (SIGTERM) and started
+again: a run that has finished is not repeated, and one that was ended goes on from where it was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ _OVERRIDES = (
     "rl.table_every_batches=0",
     "checkpoint.every_steps=0",
     "checkpoint.keep=0",
+    # a decay would end the comparison wherever it is set
+    "stages.1.schedule.constant_steps=0",
+    "stages.1.schedule.decay=none",
+    "stages.1.schedule.decay_steps=0",
     # longer than the preset's: with some seeds nothing is right after 80 steps, and then there is nothing to compare
     "stages.0.training.steps=110",
 )
@@ -37,7 +42,8 @@ _OVERRIDES = (
 def train(out: Path, seed: int, loss: str, updates: int) -> Path:
     """One run, from the warm start of its seed where there is one; its directory."""
     run_dir = out / f"{loss}-{seed}"
-    if (run_dir / "outcome.txt").is_file():
+    outcome = run_dir / "outcome.txt"
+    if outcome.is_file() and outcome.read_text().startswith("finished"):
         return run_dir
     overrides = (
         *_OVERRIDES,
@@ -48,10 +54,11 @@ def train(out: Path, seed: int, loss: str, updates: int) -> Path:
     )
     warm_steps = load_run("rl-tiny", overrides).stages[0].training["steps"]
     place = Path("checkpoints") / f"step_{warm_steps:08d}"
-    warm = out / f"{LOSSES[0]}-{seed}" / place
-    if loss != LOSSES[0]:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        shutil.copytree(warm, run_dir / place)
+    if loss != LOSSES[0] and not (run_dir / place).is_dir():
+        half = out / "half"
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(out / f"{LOSSES[0]}-{seed}" / place, half / place)
+        half.rename(run_dir)
     command = [sys.executable, "-W", "ignore", "-m", "megatron_m1", "train", "rl-tiny", *overrides]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return run_dir
@@ -87,16 +94,15 @@ def _dropped(runs: list[Path]) -> float:
     CISPO, which itself drops none), over all updates of all seeds."""
     from megatron_m1.training.spool import read_steps
 
-    rows = [
-        values
-        for run in runs
-        for values in read_steps(run / "metrics.jsonl").values()
-        if values.get("update_skipped") == 0
-    ]
-    weights = [values["low_probability_share"] for values in rows]
-    return float(
-        np.average([values["low_probability_ppo_dropped_share"] for values in rows], weights=weights)
-    )
+    dropped = low = 0.0
+    for run in runs:
+        before = 0
+        for values in read_steps(run / "metrics.jsonl").values():
+            if values.get("update_skipped") == 0:
+                tokens = (values["trained_tokens"] - before) * values["low_probability_share"]
+                dropped, low = dropped + tokens * values["low_probability_ppo_dropped_share"], low + tokens
+            before = values.get("trained_tokens", 0)
+    return dropped / low
 
 
 def table(curves: dict[str, np.ndarray], steps: np.ndarray, dropped: dict[str, float]) -> str:
