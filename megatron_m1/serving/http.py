@@ -30,6 +30,14 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 _READERS = {"/v1/completions": read_completion, "/v1/chat/completions": read_chat}
 
 
+class _Listener(ThreadingHTTPServer):
+    """A thread per connection; one that comes in a burst of hundreds waits for its thread and is not turned away."""
+
+    # the default of 5 makes the sixth of a burst try again seconds later, and resets some
+    request_queue_size = 1024
+    daemon_threads = True
+
+
 class Server:
     """Serves from `__enter__` to `__exit__`, on rank 0.
 
@@ -47,13 +55,12 @@ class Server:
     def __init__(self, model: ServedModel, desk: Desk, name: str, host: str, port: int) -> None:
         self.model, self.desk, self.name = model, desk, name
         try:
-            self._http = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"m1": self}))
+            self._http = _Listener((host, port), type("Handler", (_Handler,), {"m1": self}))
         except OSError as error:
             raise ValueError(
                 f"--host {host} --port {port} cannot be listened on ({error}): the port must be free and the host an "
                 "address of this machine; choose another port, or 0 for any"
             ) from error
-        self._http.daemon_threads = True
         self.url = f"http://{host}:{self._http.server_address[1]}/v1"
 
     def models(self) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +19,7 @@ from megatron_m1.rl.draw import sample_keys
 from megatron_m1.rl.generate import GenerationConfig, Generator, Request
 from megatron_m1.rl.remote import Remote, RemoteRefused
 from megatron_m1.rl.sample import Prompt
+from megatron_m1.serving.http import Server
 from tests.serving.served import WINDOW, make_run, post, serving
 from tests.spawn import ROOT
 from tests.tolerances import GENERATED_LOG_PROB
@@ -162,6 +165,17 @@ def test_no_json_and_no_such_place_are_refused(server):
         answer = connection.getresponse()
         assert (answer.status, "message" in json.loads(answer.read())["error"]) == (status, True)
         connection.close()
+
+
+def test_a_burst_of_connections_waits_for_its_threads(server):
+    # bound and not started: nobody accepts, so all that connect are waiting
+    waiting = Server(server.model, server.desk, "served", "127.0.0.1", 0)
+    parts = urlsplit(waiting.url)
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=20))
+        with waiting:
+            assert Remote(url=waiting.url).exchange("GET", "/models", None)["data"]
 
 
 @pytest.mark.multiprocess
