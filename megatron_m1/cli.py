@@ -245,6 +245,41 @@ def data_chat(
         typer.echo(f"left out {count:,}: {reason}")
 
 
+@data_app.command("pass-rate")
+def data_pass_rate(
+    prompts: Annotated[Path, typer.Argument(help='JSONL file: "prompt", and "answer" for its reward.')],
+    by: Annotated[
+        str, typer.Option(help="Who answers: a run directory, preset or run file, or an http:// endpoint.")
+    ],
+    reward: Annotated[str, typer.Option(help="exact, math, logic, code or software.")],
+    out: Annotated[Path, typer.Option(help="File for the prompts that are kept.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.FIELD=VALUE]...",
+            help="rate.samples=16 and the like (see PassRateConfig); others are laid over the run.",
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="With an endpoint: name of the model there.")] = "",
+    key_file: Annotated[str, typer.Option(help="With an endpoint: file that holds its key.")] = "",
+) -> None:
+    """Keep the prompts that a model solves sometimes; run it again after a kill and it goes on."""
+    from megatron_m1 import doctor
+
+    doctor.refuse_broken_packages()
+    _hide_known_warnings()
+    from megatron_m1.serving import rating
+
+    config, for_run = rating.settings_of(overrides or [])
+    asked = rating.Rating(prompts=prompts, reward=reward, out=out, config=config)
+    with _reporter() as report:
+        if by.startswith(("http://", "https://")):
+            endpoint = rating.endpoint(by, model, key_file, config.at_once, for_run)
+            rating.rate_by_server(asked, endpoint, report)
+        else:
+            rating.rate_by_run(asked, by, overrides or [], report)
+
+
 @data_app.command("inspect")
 def data_inspect(
     run: RunFile,

@@ -27,9 +27,9 @@ from megatron_m1.rl.draw import sample_keys
 from megatron_m1.rl.generate import GenerationConfig, Request
 from megatron_m1.rl.remote import (
     Remote,
-    RemoteRefused,
     RemoteUnavailable,
     RemoteUnreadable,
+    attempted,
     refuse_no_address,
 )
 from megatron_m1.rl.sample import FinishReason, Sample
@@ -102,7 +102,7 @@ class HttpEngine:
         self._config, self._drawing, self._text_of, self._publish = config, drawing, text_of, publish
         self._version: int | None = None
         self._counts: Counter[str] = Counter()
-        self._on_first_rank(self._check_model)
+        self._on_first_rank(lambda: check_model(config, "rl.engine"))
 
     def counts(self) -> dict[str, int]:
         """Requests, and what went wrong with them, since the engine began; rank 0 counts."""
@@ -143,21 +143,6 @@ class HttpEngine:
                 ) from error
             return [one.result() for one in waiting]
 
-    def _check_model(self) -> None:
-        try:
-            answer = self._config.remote().exchange("GET", "/models", None)
-            names = [model["id"] for model in answer["data"]]
-        except (RemoteUnavailable, RemoteUnreadable, KeyError, TypeError) as error:
-            raise EngineError(
-                f"no engine at rl.engine.url={self._config.url!r} ({type(error).__name__}: {error}): it must answer "
-                "GET /models as OpenAI's interface does; start the server, or correct the url"
-            ) from error
-        if self._config.model not in names:
-            raise EngineError(
-                f"the engine at {self._config.url} has no model {self._config.model!r}: it serves {names}; correct "
-                "rl.engine.model"
-            )
-
     def _push(self, version: int, path: Path) -> None:
         # beside the OpenAI interface, not below it
         parts = urlsplit(self._config.url)
@@ -192,6 +177,28 @@ class HttpEngine:
         return told[0]
 
 
+def check_model(config: HttpEngineConfig, setting: str) -> None:
+    """Prove that the server is there and has the model.
+
+    setting: what a user would correct.
+
+    Raises:
+        EngineError: it is not, or has not.
+    """
+    try:
+        answer = config.remote().exchange("GET", "/models", None)
+        names = [model["id"] for model in answer["data"]]
+    except (RemoteUnavailable, RemoteUnreadable, KeyError, TypeError) as error:
+        raise EngineError(
+            f"no engine at {setting}.url={config.url!r} ({type(error).__name__}: {error}): it must answer "
+            "GET /models as OpenAI's interface does; start the server, or correct the url"
+        ) from error
+    if config.model not in names:
+        raise EngineError(
+            f"the engine at {config.url} has no model {config.model!r}: it serves {names}; correct {setting}.model"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """One call of `generate`: what every of its requests has in common."""
@@ -220,30 +227,18 @@ class _Call:
         """
         room = self._room(request)
         most = min(room, self.max_passes or room, request.max_tokens or room)
-        wait_s = self.config.wait_s
-        for attempt in range(self.config.attempts):
+
+        def ask() -> Sample:
             self.counts["requests"] += 1
-            try:
-                answer = self.config.remote().exchange("POST", "/completions", self._body(request, most))
-                return self._read(request, answer, most)
-            except RemoteRefused:
-                self.counts["unavailable"] += 1
-                raise
-            except (RemoteUnavailable, RemoteUnreadable) as error:
-                kind = "unreadable" if isinstance(error, RemoteUnreadable) else "unavailable"
-                self.counts[kind] += 1
-                if attempt + 1 == self.config.attempts:
-                    raise
-                _LOG.warning(
-                    "attempt %d of %d for prompt %d: %s",
-                    attempt + 1,
-                    self.config.attempts,
-                    request.prompt.prompt_id,
-                    error,
-                )
-            time.sleep(wait_s)
-            wait_s *= 2
-        raise AssertionError(f"attempts={self.config.attempts}")
+            answer = self.config.remote().exchange("POST", "/completions", self._body(request, most))
+            return self._read(request, answer, most)
+
+        def count(attempt: int, error: Exception) -> None:
+            self.counts["unreadable" if isinstance(error, RemoteUnreadable) else "unavailable"] += 1
+            prompt, most = request.prompt.prompt_id, self.config.attempts
+            _LOG.warning("attempt %d of %d for prompt %d: %s", attempt, most, prompt, error)
+
+        return attempted(ask, attempts=self.config.attempts, wait_s=self.config.wait_s, saw=count)
 
     def _body(self, request: Request, most: int) -> dict[str, Any]:
         earlier = request.earlier.tokens_S if request.earlier else np.zeros(0, dtype=np.int64)

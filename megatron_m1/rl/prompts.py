@@ -119,10 +119,21 @@ def read_questions(source: PromptSource) -> Iterator[Question]:
     """The prompts of a `file` source.
 
     Raises:
-        ValueError: a file that cannot be read, or a line that is no prompt; blank lines are passed over.
+        ValueError: as `read_objects`.
+    """
+    for value in read_objects(source):
+        yield Question(value["prompt"], value.get("answer"))
+
+
+def read_objects(source: PromptSource) -> Iterator[dict[str, Any]]:
+    """The lines of a `file` source as they stand there; blank ones are passed over.
+
+    Raises:
+        ValueError: a file that cannot be read, or a line that is no prompt.
     """
     try:
-        lines = Path(source.path).read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also cuts at separators that may stand inside a text
+        lines = Path(source.path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"rl source {source.name!r}: {source.path} cannot be read ({error}): it is a JSONL file; check the path"
@@ -139,7 +150,7 @@ def read_questions(source: PromptSource) -> Iterator[Question]:
                 f"rl source {source.name!r}: line {number} of {source.path} is {line[:60]!r}: each is an object with a "
                 '"prompt" that is not empty and an "answer" for its reward; correct the line'
             )
-        yield Question(value["prompt"], value.get("answer"))
+        yield value
 
 
 class PromptBook:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 256 << 20
 # too many requests, and the server's own troubles: they may pass
@@ -95,6 +98,39 @@ class Remote:
                 return bytes(received)
             received += chunk
         raise TimeoutError(f"the answer is longer than {self.max_answer_bytes} bytes")
+
+
+def attempted(
+    act: Callable[[], T],
+    *,
+    attempts: int,
+    wait_s: float,
+    passing: tuple[type[Exception], ...] = (RemoteUnavailable, RemoteUnreadable),
+    for_good: type[Exception] = RemoteRefused,
+    saw: Callable[[int, Exception], None] = lambda *_: None,
+) -> T:
+    """The result of `act`, tried again where a fault may pass.
+
+    Args:
+        act: one attempt.
+        attempts: at most, the first included.
+        wait_s: pause before the second attempt; it doubles with each further one.
+        passing: faults that are worth another attempt.
+        for_good: of these, the one that is not.
+        saw: told the number of the attempt, from 1, and its fault.
+
+    Raises:
+        Exception: the fault of the last attempt.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return act()
+        except passing as error:
+            saw(attempt, error)
+            if isinstance(error, for_good) or attempt == attempts:
+                raise
+        time.sleep(wait_s * 2 ** (attempt - 1))
+    raise AssertionError(f"attempts={attempts}")
 
 
 def refuse_no_address(what: str, url: str) -> None:

@@ -1,4 +1,7 @@
-"""`m1 serve` and `m1 generate` from start to end, on every rank; they start their own local ranks like `m1 train`."""
+"""`m1 serve` and `m1 generate` from start to end, on every rank; they start their own local ranks like `m1 train`.
+
+`opened_model` is what every command that generates begins with.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def serve(run: str, overrides: Sequence[str], address: Address, window: int, slo
         SystemExit: a local rank failed.
     """
     options = ["--host", address.host, "--port", str(address.port)]
-    with _model(["serve", run, *overrides, *options], run, overrides, window, slots) as model:
+    options += ["--window", str(window), "--slots", str(slots)]
+    with opened_model(["serve", run, *overrides, *options], run, overrides, window, slots) as model:
         if model is None:
             return
         desk = Desk()
@@ -73,7 +77,7 @@ def generate(run: str, overrides: Sequence[str], prompt: str, drawing: dict[str,
     options = [f"--prompt={prompt}", "--max-tokens", str(most)]
     for name, value in drawing.items():
         options += [f"--{name.replace('_', '-')}", str(value)]
-    with _model(["generate", run, *overrides, *options], run, overrides, 0, 1) as model:
+    with opened_model(["generate", run, *overrides, *options], run, overrides, 0, 1) as model:
         if model is None:
             return
         tokens = np.array(model.coder.tokens(prompt), dtype=np.int64)
@@ -92,15 +96,26 @@ def generate(run: str, overrides: Sequence[str], prompt: str, drawing: dict[str,
 
 
 @contextmanager
-def _model(
+def opened_model(
     command: Sequence[str], run: str, overrides: Sequence[str], window: int, slots: int
 ) -> Iterator[ServedModel | None]:
-    """The model on this rank; None in the process that started the ranks, once they have ended."""
+    """The model on this rank; None in the process that started the ranks, once they have ended.
+
+    Args:
+        command: what follows `m1` on the command line of a rank.
+        run: a run directory, a preset, or a run file.
+        overrides: laid over it.
+        window: most tokens of prompt and answer; 0: training.sequence_length.
+        slots: sequences generated at once; rounded up to a multiple of the pipeline stages.
+
+    Raises:
+        ValueError: no checkpoint, or a layout that does not fit.
+        SystemExit: a local rank failed.
+    """
     launch = read_environment()
     config = config_of(run, overrides)
     if launch.launcher == "single" and config.layout.world_size > 1:
-        sizes = ["--window", str(window), "--slots", str(slots)] if command[0] == "serve" else []
-        code = run_local_ranks(config.layout.world_size, [*command, *sizes])
+        code = run_local_ranks(config.layout.world_size, command)
         if code:
             raise SystemExit(code)
         yield None

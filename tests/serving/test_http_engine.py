@@ -124,7 +124,6 @@ def test_a_server_that_is_not_there_or_has_another_model_is_an_error():
 def test_faults_are_tried_again_counted_and_end_the_call(fault, counts, sentence):
     with JudgeServer(always=fault) as server:
         engine = engine_at(server.url, model="judge")
-        engine._version = 0
         with pytest.raises(EngineError, match=f"1 of 1 samples failed.*{sentence}"):
             engine.generate(generate_ranks.requests(1)[:1], window=WINDOW, version=0, max_passes=None)
         assert engine.counts() == counts
@@ -159,14 +158,12 @@ def test_faults_are_tried_again_counted_and_end_the_call(fault, counts, sentence
         ),
     ],
 )
-def test_answers_that_cannot_be_are_no_samples(monkeypatch, choice, sentence):
-    with JudgeServer(always=503) as server:
+def test_answers_that_cannot_be_are_no_samples(choice, sentence):
+    with JudgeServer(always={"choices": [choice]}) as server:
         engine = engine_at(server.url, model="judge", attempts=1)
-        engine._version = 0
-        # what the wire brings is tested above; here only what is read out of it
-        monkeypatch.setattr("megatron_m1.rl.remote.Remote.exchange", lambda *_: {"choices": [choice]})
         with pytest.raises(EngineError, match=sentence):
             engine.generate(generate_ranks.requests(1)[:1], window=WINDOW, version=0, max_passes=None)
+        assert engine.counts() == {"requests": 1, "unavailable": 0, "unreadable": 1, "failed": 1}
 
 
 def test_the_repetition_stop_cuts_a_whole_sample_where_it_would_have_cut_a_growing_one():

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megatron_m1.rl.remote import attempted
 from megatron_m1.rl.rewards.answer import after_thinking
 from megatron_m1.rl.rewards.interface import JudgeUnavailable, JudgeUnreadable, Reward, bad_answer
 from megatron_m1.rl.rewards.judge import JudgeConfig, RefusedForGood, ask, check_endpoint
@@ -84,18 +84,13 @@ class _JudgedReward(Reward):
 
     def _verdict(self, question: str, read: Callable[[str], Verdict]) -> Verdict:
         """Ask until a verdict can be read, as often as the judge allows."""
-        wait_s = self.judge.wait_s
-        for attempt in range(self.judge.attempts):
-            try:
-                return read(ask(self.judge, question))
-            except RefusedForGood:
-                raise
-            except (JudgeUnavailable, JudgeUnreadable):
-                if attempt + 1 == self.judge.attempts:
-                    raise
-            time.sleep(wait_s)
-            wait_s *= 2
-        raise AssertionError(f"attempts={self.judge.attempts}")
+        return attempted(
+            lambda: read(ask(self.judge, question)),
+            attempts=self.judge.attempts,
+            wait_s=self.judge.wait_s,
+            passing=(JudgeUnavailable, JudgeUnreadable),
+            for_good=RefusedForGood,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

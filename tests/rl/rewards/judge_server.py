@@ -11,12 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
+class _Listener(ThreadingHTTPServer):
+    # five at once are served by default; a connection more waits a second
+    request_queue_size = 128
+
+
 class JudgeServer:
     """Serves until closed; a context manager.
 
-    The judge grades 5 where the answer holds the reference and 1 elsewhere, and prefers the longer of two answers.
-    `faults` are used up one per request, before it behaves, and `always` comes after them: a status code, "text", "no
-    choices", "drip", "cut", "rude", "no grade" or "always A".
+    The judge grades 5 where the answer holds the reference and 1 elsewhere, and prefers the longer of two answers; it
+    takes any weights that are pushed. `faults` are used up one per request, before it behaves, and `always` comes after
+    them: a status code, "text", "no choices", "drip", "cut", "rude", "no grade", "always A", or an object, which is
+    then the whole answer.
     """
 
     def __init__(self, faults: list[Any] | None = None, *, always: Any = None) -> None:
@@ -38,9 +44,14 @@ class JudgeServer:
                 server.keys.append(self.headers.get("Authorization"))
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.bodies.append(body)
+                if self.path == "/update_weights_from_disk":
+                    self._send(200, json.dumps({"success": True}))
+                    return
                 fault = server.faults.pop(0) if server.faults else server.always
                 if isinstance(fault, int):
                     self._send(fault, "no")
+                elif isinstance(fault, dict):
+                    self._send(200, json.dumps(fault))
                 elif fault == "text":
                     self._send(200, "this is not JSON")
                 elif fault == "no choices":
@@ -69,7 +80,7 @@ class JudgeServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = _Listener(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Where answers are found, the format reward, mathematics, and prompts chosen by pass rate."""
+"""Where answers are found, the format reward, and mathematics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from megatron_m1.rl.rewards.answer import find_answer, last_code_block
 from megatron_m1.rl.rewards.form import has_form
 from megatron_m1.rl.rewards.interface import check_prompts
 from megatron_m1.rl.rewards.math import MathReward
-from megatron_m1.rl.rewards.pass_rate import PassBounds, pass_at_k, select_prompts
-from tests.rl.make import make_group, make_prompt
+from tests.rl.make import make_prompt
 
 
 @pytest.mark.parametrize(
@@ -107,33 +106,3 @@ def test_prompts_are_checked_before_anything_is_generated() -> None:
         check_prompts([make_prompt(answer="???")], rewards)
     with pytest.raises(ValueError, match="task 'maths', which has no reward: did you mean 'math'"):
         check_prompts([make_prompt(task="maths")], rewards)
-
-
-def test_pass_at_k_is_the_chance_of_a_draw() -> None:
-    assert pass_at_k(4, 1, 1) == 0.25
-    assert pass_at_k(4, 1, 2) == pytest.approx(1 - (3 / 4) * (2 / 3))
-    assert pass_at_k(4, 0, 4) == 0.0
-    assert pass_at_k(4, 2, 3) == 1.0
-    with pytest.raises(ValueError, match="pass@5 of 1 passed in 4"):
-        pass_at_k(4, 1, 5)
-
-
-def test_prompts_are_kept_strictly_between_the_bounds_and_failures_are_not_wrong_answers() -> None:
-    groups = [
-        make_group(0, [0, 0, 0, 0]),
-        make_group(1, [1, 0, 0, 0]),
-        make_group(2, [1, 1, 1, 1]),
-        make_group(3, [None, None, 1, 0]),
-        # two groups of one prompt; half passed, the failed one aside
-        make_group(4, [1, 1]),
-        make_group(4, [None, 0, 0]),
-    ]
-    found = select_prompts(groups, PassBounds(above=0.0, below=0.9))
-    assert found.kept == (1, 4)
-    assert (found.num_too_hard, found.num_too_easy, found.num_too_few_samples) == (1, 1, 1)
-    assert found.pass_rates == {0: 0.0, 1: 0.25, 2: 1.0, 4: 0.5}
-    assert select_prompts(groups, PassBounds(above=0.0, below=0.5)).kept == (1,)
-    with pytest.raises(ValueError, match="above < below"):
-        PassBounds(above=0.5, below=0.5)
-    with pytest.raises(ValueError, match="at least k samples"):
-        PassBounds(k=8)
