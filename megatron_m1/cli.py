@@ -91,9 +91,9 @@ def train(
         _print_values(run_file.explain(run, overrides or []))
         return
     config = run_file.load_run(run, overrides or [])
-    from megatron_m1.run import train as train_run
+    from megatron_m1 import start
 
-    train_run(config, resume=resume)
+    start.train(config, resume=resume)
     early_end.ignore()
 
 
@@ -336,7 +336,7 @@ def launch_slurm(
 ) -> None:
     """Print the batch script of a run and hand it to sbatch."""
     _hide_known_warnings()
-    from megatron_m1.config import dump_run, load_run
+    from megatron_m1.config import RUN_FILE, dump_run, load_run
     from megatron_m1.launch.script import Job, render
     from megatron_m1.launch.site import Site, load_site
     from megatron_m1.launch.submit import nodes_for, submit
@@ -347,7 +347,7 @@ def launch_slurm(
     config = config.model_copy(update={"run_dir": run_dir})
     num_nodes = nodes_for(config.layout.world_size, place, nodes)
     config.layout.fit_to_world(num_nodes * place.tasks_per_node)
-    command = ("train", str(run_dir / "run.yaml"))
+    command = ("train", str(run_dir / RUN_FILE))
     job = Job(
         name=config.name,
         run_dir=run_dir,

@@ -18,19 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1 import runfile
-from megatron_m1.longcontext.evaluate import LongContextConfig
+from megatron_m1.longcontext.config import LongContextConfig
 from megatron_m1.longcontext.jump import LengthJumpConfig
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.rl.config import RLConfig
+from megatron_m1.training.config import OptimizerConfig, TrainingConfig
 from megatron_m1.training.health import HealthConfig
-from megatron_m1.training.loop import TrainingConfig
-from megatron_m1.training.optimizer import OptimizerConfig
 from megatron_m1.training.schedule import ScheduleConfig, check_batch_ramp
 from megatron_m1.training.tracking import TrackingConfig
-from parallel.checkpoint import CheckpointConfig
+from parallel.checkpoint_config import CheckpointConfig
 from parallel.layout import Layout, divisors
 
 PRESETS = Path(__file__).parent / "presets"
+RUN_FILE = "run.yaml"
+"""Name of the resolved run file in the run directory."""
 STAGE_SECTIONS = ("model", "layout", "training", "optimizer", "schedule", "checkpoint", "long_context", "rl")
 """Sections of which a stage may set single values."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.saves import Saves
 from megatron_m1.training.optimizer import Optimizer
-from megatron_m1.training.state import Position
+from megatron_m1.training.position import Position
 from megatron_m1.vitals import Vitals
 from parallel.groups import Groups
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from data_pipeline.config import DataConfig
-from megatron_m1.config import RunConfig
+from megatron_m1.config import RUN_FILE, RunConfig
 from megatron_m1.rl.loop import PolicyTrainer
 from megatron_m1.stages import Stage
 from megatron_m1.training.loop import Trainer
@@ -22,9 +22,6 @@ from megatron_m1.training.progress import Progress
 from megatron_m1.training.sample import continue_text
 from megatron_m1.training.tracking import RunDescription, Tracking, open_command, provenance_tags
 from parallel.groups import Groups
-
-RUN_FILE = "run.yaml"
-"""Name of the resolved run file in the run directory."""
 
 
 class Report:

@@ -1,12 +1,8 @@
-"""One life of a run: put the parts together, resume, train, report. Called by `m1 train`, on every rank.
-
-Where more than one rank is needed and no launcher started this process, it starts the local ranks itself.
-"""
+"""One rank's life of a run: put the parts together, resume, train, report. Called by start.py, on every rank."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,48 +22,36 @@ from megatron_m1.longcontext.jump import Explosion
 from megatron_m1.measures import Measures
 from megatron_m1.model.hybrid import HybridModel, build_model
 from megatron_m1.reinforcement import open_prompts, train_policy
-from megatron_m1.report import RUN_FILE, Report, say_result
+from megatron_m1.report import Report, say_result
 from megatron_m1.rl.loop import PolicyTrainer
 from megatron_m1.rl.prompts import PromptBook
 from megatron_m1.saves import SavedParts, Saves, broken_set_aside, data_of
 from megatron_m1.stages import Stage, stages_of
+from megatron_m1.start import OUTCOME_FILE
 from megatron_m1.training.batch import Row
 from megatron_m1.training.gradient_parts import GradientParts
 from megatron_m1.training.loop import Trainer
 from megatron_m1.training.optimizer import Optimizer, build_optimizer
-from megatron_m1.training.state import Position, load_state
+from megatron_m1.training.position import Position
+from megatron_m1.training.state import load_state
 from megatron_m1.training.step import wrap_for_gradients
 from megatron_m1.vitals import Vitals
 from parallel import cpu
 from parallel.checkpoint import CheckpointStore
 from parallel.groups import Groups, create_groups, destroy_groups
-from parallel.launch import Launch, connect, read_environment, run_local_ranks
+from parallel.launch import Launch, connect
 
 StageEnd = Literal["ended", "stops"] | Explosion
 """The stage is over, the life is over, or gradients exploded and the run goes back."""
 _LOG = logging.getLogger(__name__)
-# One line for whoever started the ranks: "finished at step N", "stopped after step N: why"; no file after a crash.
-_OUTCOME_FILE = "outcome.txt"
 
 
-def train(config: RunConfig, resume: bool = True) -> None:
-    """Train a run to its end, from its newest complete checkpoint or from the start.
+def live(config: RunConfig, launch: Launch) -> None:
+    """One rank's whole life: from the newest complete checkpoint, or from the start, to the end of the run.
 
     Raises:
-        ValueError: the run cannot start as it stands; says what to change.
-        SystemExit: a local rank failed; its own output says why.
+        ValueError: the run cannot go on as it stands; says what to change.
     """
-    launch = read_environment()
-    if launch.rank == 0:
-        _prepare_directory(config, resume)
-    stages = stages_of(config)
-    world_size = max(stage.config.layout.world_size for stage in stages)
-    if launch.launcher == "single" and world_size > 1:
-        run_file = config.run_dir / RUN_FILE
-        code = run_local_ranks(world_size, ["train", str(run_file)])
-        if code:
-            raise SystemExit(code)
-        return
     cpu.install()
     logging.basicConfig(
         level=logging.INFO if launch.rank == 0 else logging.WARNING, format=f"[r{launch.rank}] %(message)s"
@@ -114,24 +98,6 @@ def _fitted(stage: Stage, world_size: int) -> Stage:
     if stage.kind == "rl":
         check_rl(config, stage.name)
     return replace(stage, config=config)
-
-
-def _prepare_directory(config: RunConfig, resume: bool) -> None:
-    """Write the resolved run file; a fresh start moves an earlier run's directory aside, never deletes it."""
-    directory = config.run_dir
-    if not resume and directory.exists():
-        aside = directory.with_name(f"{directory.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-        directory.rename(aside)
-        print(f"moved the earlier run to {aside}")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / RUN_FILE).write_text(dump_run(config), encoding="utf-8")
-        (directory / _OUTCOME_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"run_dir={directory} cannot be written ({error}): it must be a directory this user may write; "
-            "choose another with run_dir=PATH"
-        ) from error
 
 
 def _train_stage(
@@ -292,7 +258,7 @@ def _write_outcome(config: RunConfig, trainer: Trainer | PolicyTrainer, *, finis
     step = trainer.position.step
     text = f"finished at step {step}" if finished else f"stopped after step {step}: {trainer.ended_early}"
     if dist.get_rank() == 0:
-        (config.run_dir / _OUTCOME_FILE).write_text(text + "\n", encoding="utf-8")
+        (config.run_dir / OUTCOME_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _refuse_other_data(stage: Stage, extra: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from megatron_m1.stages import Stage
 from megatron_m1.training.early_end import EarlyEnd
 from megatron_m1.training.health import BrokenRun
 from megatron_m1.training.optimizer import Optimizer
-from megatron_m1.training.state import Position, save_state
+from megatron_m1.training.position import Position
+from megatron_m1.training.state import save_state
 from parallel.checkpoint import CheckpointStore
 from parallel.groups import Groups
 from parallel.hang import Watchdog

@@ -17,8 +17,8 @@ from typing import Literal
 from data_pipeline.config import DataConfig, StageConfig
 from megatron_m1.config import RunConfig
 from megatron_m1.model.config import ModelConfig
+from megatron_m1.training.position import Position
 from megatron_m1.training.schedule import global_batch_samples, tokens_after_steps
-from megatron_m1.training.state import Position
 
 FREE_TO_CHANGE = ("rotary_base", "auxiliary_coefficient", "capacity_factor", "experts")
 """Fields of the model that a stage may set: the others decide the shape or the meaning of its weights."""

@@ -7,24 +7,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from megatron_m1 import cli
+from megatron_m1 import cli, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What reaches megatron_m1.run.train, which is replaced by a recorder."""
+    """What reaches megatron_m1.start.train, which is replaced by a recorder."""
     calls = []
-    module = types.ModuleType("megatron_m1.run")
-    module.train = lambda config, *, resume: calls.append((config, resume))
-    monkeypatch.setitem(sys.modules, "megatron_m1.run", module)
+    monkeypatch.setattr(start, "train", lambda config, *, resume: calls.append((config, resume)))
     return calls
 
 
@@ -146,3 +143,14 @@ def test_data_prepare_encodes_files_into_a_shard_that_can_be_read(tmp_path):
     encoder = DocumentEncoder(tmp_path / "tokenizer.json")
     first = next(iter(encoder.encode(texts[:1])))
     assert list(shard.document(0)) == list(first)
+
+
+def test_whoever_only_reads_a_run_file_or_starts_ranks_does_not_load_megatron_core():
+    program = (
+        "import sys; import megatron_m1.cli, megatron_m1.start, parallel.launch; "
+        "from megatron_m1.config import load_run; load_run('rl-tiny'); print('megatron.core' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"

@@ -13,7 +13,7 @@ from data_pipeline.index import ShardWriter
 from megatron_m1.config import RunConfig, load_run
 from megatron_m1.saves import data_of
 from megatron_m1.stages import stages_of
-from megatron_m1.training.state import Position
+from megatron_m1.training.position import Position
 
 RUN = """
 preset: tiny

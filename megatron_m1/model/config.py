@@ -11,6 +11,8 @@ from typing import Literal
 from parallel.layout import divisors
 
 LayerKind = Literal["lightning", "softmax"]
+Precision = Literal["fp32", "bf16"]
+"""Of weights and activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

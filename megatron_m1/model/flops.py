@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_m1.model.config import ModelConfig
-from megatron_m1.model.mcore import Precision
+from megatron_m1.model.config import ModelConfig, Precision
 from megatron_m1.model.memory import Recompute, is_recomputed
 
 LIGHTNING_BLOCK_TOKENS = 256

@@ -21,9 +21,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_m1.model.config import ModelConfig
-
-LOGITS_MIB = 1024
-"""Default for the logits that exist at once: 8,192 tokens of a vocabulary share of 32,768 are one chunk."""
+from megatron_m1.model.memory import LOGITS_MIB
 
 
 class Head(ColumnParallelLinear):

@@ -9,11 +9,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_m1.model.config import ModelConfig
-from megatron_m1.model.head import LOGITS_MIB, Head
+from megatron_m1.model.config import ModelConfig, Precision
+from megatron_m1.model.head import Head
 from megatron_m1.model.initialize import initialize_weights
-from megatron_m1.model.mcore import Precision, transformer_config
-from megatron_m1.model.memory import HostCopies, Recompute
+from megatron_m1.model.mcore import transformer_config
+from megatron_m1.model.memory import LOGITS_MIB, HostCopies, Recompute
 from megatron_m1.model.moe import Router
 from megatron_m1.model.norm import RMSNorm
 from megatron_m1.model.packed import Packed

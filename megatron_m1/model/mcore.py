@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_m1.model.config import ModelConfig
+from megatron_m1.model.config import ModelConfig, Precision
 from parallel.layout import Layout
-
-Precision = Literal["fp32", "bf16"]
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

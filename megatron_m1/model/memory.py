@@ -18,6 +18,8 @@ from megatron_m1.model.config import LayerKind
 
 Recompute = Literal["none", "lightning", "softmax", "full"]
 """Which layers are computed again in backward: none, one kind, or all."""
+LOGITS_MIB = 1024
+"""Default for the logits that exist at once: 8,192 tokens of a vocabulary share of 32,768 are one chunk."""
 
 _SMALLEST_BYTES = 2**20
 """Smaller tensors stay on the device: a copy costs more than it frees."""

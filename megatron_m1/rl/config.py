@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron_m1.rl.cispo import PolicyLossConfig
 from megatron_m1.rl.collapse import CollapseConfig
 from megatron_m1.rl.curriculum import CurriculumConfig
-from megatron_m1.rl.http_engine import HttpEngineConfig
+from megatron_m1.rl.engine_config import HttpEngineConfig
 from megatron_m1.rl.mismatch import MismatchConfig
 from megatron_m1.rl.prompts import PromptSource
 from megatron_m1.rl.rewards.length_watch import LengthWatchConfig

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_m1.rl.draw import sample_keys
-from megatron_m1.rl.http_engine import EngineError, HttpEngineConfig
+from megatron_m1.rl.engine_config import HttpEngineConfig
+from megatron_m1.rl.http_engine import EngineError
 from megatron_m1.rl.pass_rate import Answer, PassRateConfig
 from megatron_m1.rl.remote import RemoteUnavailable, RemoteUnreadable, attempted
 from megatron_m1.rl.sample import Prompt

@@ -23,11 +23,12 @@ from megatron_m1.rl.ratio_stats import RatioStats
 from megatron_m1.rl.rollout import Rollouts, Seen
 from megatron_m1.rl.update import Policy
 from megatron_m1.rl.window import generation_statistics, observe, window_tokens
-from megatron_m1.training.loop import Reporter, TrainingConfig
+from megatron_m1.training.config import TrainingConfig
+from megatron_m1.training.loop import Reporter
 from megatron_m1.training.metrics import StepMetrics, throughput
 from megatron_m1.training.optimizer import Optimizer
+from megatron_m1.training.position import Position
 from megatron_m1.training.schedule import ScheduleConfig, learning_rate
-from megatron_m1.training.state import Position
 from parallel.groups import Groups
 
 

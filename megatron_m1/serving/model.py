@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from data_pipeline.chat import ChatEncoder
 from data_pipeline.tokenize import DocumentEncoder
 from megatron_m1 import runfile
-from megatron_m1.config import RunConfig, load_run
+from megatron_m1.config import RUN_FILE, RunConfig, load_run
 from megatron_m1.model.hybrid import HybridModel, build_model
 from megatron_m1.rl.generate import GenerationConfig, Generator, Request
 from megatron_m1.rl.sample import Sample
@@ -161,7 +161,7 @@ def config_of(run: str, overrides: Sequence[str]) -> RunConfig:
         overrides: such as layout.tp=2; the layout may differ from the trained one.
     """
     path = Path(run)
-    config = load_run(path / "run.yaml" if path.is_dir() else run, overrides)
+    config = load_run(path / RUN_FILE if path.is_dir() else run, overrides)
     steps = [entry.step for entry in list_checkpoints(config.run_dir / "checkpoints") if entry.complete]
     newest = max(steps, default=0)
     stage = next((stage for stage in stages_of(config) if newest <= stage.last.step), None)

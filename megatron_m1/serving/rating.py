@@ -22,8 +22,9 @@ from rich.table import Table
 from megatron_m1 import runfile
 from megatron_m1.rl import http_texts
 from megatron_m1.rl.draw import sample_keys
+from megatron_m1.rl.engine_config import HttpEngineConfig
 from megatron_m1.rl.generate import Request
-from megatron_m1.rl.http_engine import EngineError, HttpEngineConfig, check_model
+from megatron_m1.rl.http_engine import EngineError, check_model
 from megatron_m1.rl.pass_rate import (
     Answer,
     PassRateConfig,

@@ -15,64 +15,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_m1.model.flops import flops_per_token, peak_flops_per_s
-from megatron_m1.model.head import LOGITS_MIB
 from megatron_m1.model.hybrid import HybridModel
-from megatron_m1.model.mcore import Precision
-from megatron_m1.model.memory import Recompute
 from megatron_m1.training.batch import Row, make_microbatch, sample_ids
+from megatron_m1.training.config import TrainingConfig
 from megatron_m1.training.metrics import StepMetrics, throughput
 from megatron_m1.training.optimizer import Optimizer
+from megatron_m1.training.position import Position
 from megatron_m1.training.schedule import ScheduleConfig, global_batch_samples, learning_rate
-from megatron_m1.training.state import Position
 from megatron_m1.training.step import StepResult, run_microbatches
 from parallel.groups import Groups
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig:
-    """How long, on what rows, and with what numerics."""
-
-    steps: int = 1000
-    """Optimizer steps of the run, or of a stage."""
-    sequence_length: int = 2048
-    """Tokens per row."""
-    micro_batch_size: int = 1
-    """Rows per microbatch and data-parallel rank."""
-    precision: Precision = "bf16"
-    """dtype of weights and activations; gradients and optimizer state are fp32 in both."""
-    recompute: Recompute = "none"
-    """Layers that keep their input alone and are computed again in backward: none, one kind, or all (full)."""
-    offload_activations: bool = False
-    """Keep what layers save for backward in host memory, copied while other layers compute."""
-    logits_mib: int = LOGITS_MIB
-    """Most fp32 logits that the loss holds at once, in MiB; more tokens are taken in chunks, computed twice."""
-    overlap_communication: bool = False
-    """Start reducing a bucket of gradients over dp while backward still runs."""
-    evaluate_every_steps: int = 0
-    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
-    evaluation_rows: int = 16
-    """Held-out rows per evaluation; 0 never evaluates."""
-    end_margin_s: float = 60.0
-    """Under a time limit: seconds before it that stay free besides what a step and a save were measured to take."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "sequence_length", "micro_batch_size", "logits_mib"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"training.{name}={getattr(self, name)} is not a count: it must be 1 or more; "
-                    "correct it in the run file"
-                )
-        for name in ("evaluate_every_steps", "evaluation_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"training.{name}={getattr(self, name)} is negative: it must be 0 (off) or more; "
-                    "correct it in the run file"
-                )
-        if not self.end_margin_s >= 0:
-            raise ValueError(
-                f"training.end_margin_s={self.end_margin_s} is not a time: it must be 0 seconds or more; "
-                "correct it in the run file"
-            )
 
 
 class RowSource(Protocol):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,50 +28,12 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as CoreOpti
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+from megatron_m1.training.config import OptimizerConfig
 from parallel.groups import Groups
 from parallel.ownership import CutTensor, Exchange, assign_owners, ranges_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and the gradient clip. The learning rate comes from the schedule, step by step.
-
-    Weight decay is for parameters of two and more dimensions: matrices, embeddings, stacked experts. Norm
-    weights and biases do not decay.
-    """
-
-    beta1: float = 0.9
-    """Decay of the first moment, per step."""
-    beta2: float = 0.95
-    """Decay of the second moment, per step."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, times the learning rate per step."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; longer gradients are scaled down to it. 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)} is not a decay: it must be in [0, 1); "
-                    "usual values are 0.9 for beta1 and 0.95 for beta2"
-                )
-        if self.epsilon <= 0.0:
-            raise ValueError(
-                f"optimizer.epsilon={self.epsilon} is not positive: AdamW divides by it where a gradient is always "
-                "0; use 1e-8, or 1e-15 for RL"
-            )
-        for name in ("weight_decay", "grad_clip"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)} is negative: it must be 0 or more; "
-                    f"set optimizer.{name}=0 to switch it off"
-                )
 
 
 def build_optimizer(

@@ -9,7 +9,7 @@ import base64
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.training.optimizer import Optimizer
+from megatron_m1.training.position import Position
 from parallel.checkpoint import CheckpointStore
-
-
-@dataclass(slots=True)
-class Position:
-    """How far a run has come. The data order and the schedule are functions of it."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-    consumed_samples: int = 0
-    """Rows of all global batches so far: the loader's only state besides the seed."""
-    consumed_tokens: int = 0
-    """Tokens of those rows."""
 
 
 def save_state(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from megatron_m1.model.hybrid import HybridModel
-from parallel.checkpoint import CheckpointConfig, CheckpointStore
+from parallel.checkpoint import CheckpointStore
+from parallel.checkpoint_config import CheckpointConfig
 from parallel.groups import Groups
 from parallel.manifest import step_path
 

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from parallel.checkpoint import CheckpointConfig, CheckpointStore
+from parallel.checkpoint import CheckpointStore
+from parallel.checkpoint_config import CheckpointConfig
 from parallel.groups import create_groups
 from parallel.layout import Layout
 from tests.spawn import run_ranks

@@ -63,7 +63,8 @@ def step(cp: int, tokens: int, document_tokens: int) -> dict[str, Any]:
     from megatron_m1.model.config import ModelConfig
     from megatron_m1.model.hybrid import build_model
     from megatron_m1.training.batch import make_microbatch
-    from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
+    from megatron_m1.training.config import OptimizerConfig
+    from megatron_m1.training.optimizer import build_optimizer
     from megatron_m1.training.step import run_microbatches, wrap_for_gradients
     from parallel.groups import create_groups
     from parallel.layout import Layout

@@ -16,8 +16,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.hybrid import HybridModel, build_model
 from megatron_m1.training.batch import make_microbatch, sample_ids
+from megatron_m1.training.config import OptimizerConfig
 from megatron_m1.training.gradient_parts import GradientParts
-from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_m1.training.optimizer import build_optimizer
 from megatron_m1.training.step import run_microbatches, wrap_for_gradients
 from parallel.groups import Groups, create_groups, destroy_groups
 from parallel.launch import read_environment

@@ -117,7 +117,7 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
     os.chdir(ROOT)
     import tests.rank_template  # noqa: F401
     from megatron_m1.config import load_run
-    from megatron_m1.run import train
+    from megatron_m1.start import train
 
     config = load_run(run_file)
     if planted is not None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megatron_m1.longcontext import evaluate
-from megatron_m1.longcontext.evaluate import LongContextConfig, find_needles, loss_by_position
+from megatron_m1.longcontext.config import LongContextConfig
+from megatron_m1.longcontext.evaluate import find_needles, loss_by_position
 from parallel.groups import Groups, create_groups, destroy_groups
 from parallel.layout import Layout
 from tests.rl.generate_ranks import build

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from parallel import checkpoint, cpu, manifest, shards
-from parallel.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
+from parallel.checkpoint import CheckpointError, CheckpointStore
+from parallel.checkpoint_config import CheckpointConfig
 from parallel.groups import Groups, create_groups
 from parallel.launch import Launch, connect
 from parallel.layout import Layout

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_m1.training.optimizer import Optimizer, OptimizerConfig, build_optimizer
-from parallel.checkpoint import CheckpointConfig, CheckpointStore
+from megatron_m1.training.config import OptimizerConfig
+from megatron_m1.training.optimizer import Optimizer, build_optimizer
+from parallel.checkpoint import CheckpointStore
+from parallel.checkpoint_config import CheckpointConfig
 from parallel.groups import Groups, create_groups, destroy_groups
 from parallel.layout import Layout
 from parallel.manifest import read_manifest, step_path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from parallel.checkpoint import CheckpointConfig
+from parallel.checkpoint_config import CheckpointConfig
 from tests.parallel import checkpoint_failures as ranks
 from tests.spawn import ROOT, run_ranks
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_m1.training.config import OptimizerConfig
+from megatron_m1.training.optimizer import build_optimizer
 from parallel.groups import Groups
 from tests.parallel.small_model import VOCABULARY, WIDTH, build_chunks
 

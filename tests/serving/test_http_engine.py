@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_m1.rl.engine_config import HttpEngineConfig
 from megatron_m1.rl.generate import GenerationConfig, Generator, Request
-from megatron_m1.rl.http_engine import EngineError, HttpEngine, HttpEngineConfig
+from megatron_m1.rl.http_engine import EngineError, HttpEngine
 from megatron_m1.rl.stop import RepetitionConfig, RepetitionStop, repeats_at
 from megatron_m1.training.weights import WeightsExport
 from tests.rl import generate_ranks

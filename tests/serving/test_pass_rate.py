@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from megatron_m1 import cli
 from megatron_m1.rl.draw import sample_keys
+from megatron_m1.rl.engine_config import HttpEngineConfig
 from megatron_m1.rl.generate import GenerationConfig, Generator, Request
-from megatron_m1.rl.http_engine import HttpEngineConfig
 from megatron_m1.rl.pass_rate import PassRateConfig, Rate
 from megatron_m1.rl.sample import Prompt
 from megatron_m1.serving import rating

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_m1.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_m1.training.config import OptimizerConfig
+from megatron_m1.training.optimizer import build_optimizer
 from parallel.layout import Layout
 from tests.parallel.checkpoint_ranks import LEARNING_RATE, start, whole_state
 from tests.parallel.small_model import logical_parameters, logical_values, set_gradients
