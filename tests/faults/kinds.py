@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -83,12 +84,18 @@ def stopped(trial: Trial) -> None:
 
 
 def torn_checkpoint(trial: Trial) -> None:
-    """A rank or its writer dies between two file operations of a save."""
-    operation = trial.random.randint(1, 60)
-    life = trial.start(Planted(rank=trial.random.randrange(2), crash_at_file_operation=operation))
-    codes = life.wait()
-    # the operation may lie behind the end of the run
-    trial.detected = any(codes) or codes == [0] * WORLD_SIZE
+    """A rank or its writer dies between two file operations of a save: no rank goes on."""
+    rank, operation = trial.random.randrange(2), 61
+    struck = False
+    while not struck:
+        # the operation drawn before lay behind the end of the run, which is begun anew
+        shutil.rmtree(trial.run_dir, ignore_errors=True)
+        operation = trial.random.randint(1, operation - 1)
+        life = trial.start(Planted(rank=rank, crash_at_file_operation=operation))
+        codes = life.wait()
+        struck = life.struck
+    trial.lives = 1
+    trial.detected = all(codes)
 
 
 def bit_flip(trial: Trial) -> None:

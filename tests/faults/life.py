@@ -20,6 +20,7 @@ from parallel.launch import host_local_ranks
 from tests.spawn import ROOT, _forking
 
 WORLD_SIZE = 4
+_STRUCK_FILE = "struck"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,11 @@ class Life:
             time.sleep(0.01)
         return True
 
+    @property
+    def struck(self) -> bool:
+        """Whether the planted crash has come."""
+        return (self._logs / _STRUCK_FILE).exists()
+
     def said(self) -> str:
         """What all ranks have printed."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self._logs.glob("*.log")))
@@ -123,11 +129,11 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
     if planted is not None:
         _before_steps(lambda *_: time.sleep(planted.seconds_per_step))
         if planted.rank == rank:
-            _plant(planted, config.run_dir)
+            _plant(planted, config.run_dir, logs)
     train(config)
 
 
-def _plant(planted: Planted, run_dir: Path) -> None:
+def _plant(planted: Planted, run_dir: Path, logs: Path) -> None:
     """Wire a fault into this process and those it forks."""
     checkpoints = str(run_dir / "checkpoints")
     operations, own, saves = 0, os.getpid(), set()
@@ -141,6 +147,7 @@ def _plant(planted: Planted, run_dir: Path) -> None:
         operations += 1
         time.sleep(planted.seconds_per_file)
         if operations == planted.crash_at_file_operation:
+            (logs / _STRUCK_FILE).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "os.mkdir" and ".partial-" in str(arguments[0]) and os.getpid() == own:
             saves.add(str(arguments[0]))
