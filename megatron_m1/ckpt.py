@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
@@ -45,6 +46,38 @@ def ls(place: Place) -> None:
         state = "complete" if entry.complete else escape(problem)
         table.add_row(f"{entry.step:,}", f"{entry.bytes / _GIB:.3f}", saved, samples, layout, state)
     _console().print(table)
+    _show_copies((place.parent if place.name.startswith("step_") else _root(place)).resolve().parent)
+
+
+def _show_copies(run_dir: Path) -> None:
+    """The copies on nodes' disks that this machine sees, one line per node and step."""
+    from parallel.local_copies import shards_seen
+
+    run_file = run_dir / "run.yaml"
+    section = (yaml.safe_load(run_file.read_text()) if run_file.is_file() else {}).get("checkpoint", {})
+    directory = (section.get("local") or {}).get("directory")
+    found: dict[tuple[str, int], list[tuple[str, Entry]]] = {}
+    for node, rank, entry in shards_seen(Path(directory), run_dir) if directory else ():
+        found.setdefault((node, entry.step), []).append(
+            (rank.removeprefix("rank_").lstrip("0") or "0", entry)
+        )
+    if not found:
+        return
+    table = _table("step", "size GiB", "node", "ranks", "state")
+    for (node, step), shards in sorted(found.items()):
+        torn = [rank for rank, entry in shards if not entry.complete]
+        table.add_row(
+            f"{step:,}",
+            f"{sum(entry.bytes for _, entry in shards) / _GIB:.3f}",
+            escape(node),
+            " ".join(rank for rank, _ in shards),
+            f"torn: {' '.join(torn)}" if torn else "complete",
+        )
+    console = _console()
+    console.print(
+        f"\nnode-local copies below {directory}, as this machine sees them", markup=False, soft_wrap=True
+    )
+    console.print(table)
 
 
 @app.command("verify")
@@ -161,6 +194,6 @@ def _console() -> Console:
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        is_text = heading in ("tensor", "saved", "layout", "state", "result", "")
+        is_text = heading in ("tensor", "saved", "layout", "state", "result", "node", "ranks", "")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     return table

@@ -228,6 +228,7 @@ def write_answers(run_dir: Path, answers: Sequence[Answer]) -> None:
 def undo(run_dir: Path, back_to: int) -> None:
     """Remove what a stage left behind its start: checkpoints, and the list of its refused steps. May be repeated."""
     checkpoints = run_dir / "checkpoints"
+    manifest.end_timeline(checkpoints)
     for entry in reversed(manifest.list_checkpoints(checkpoints)):
         # the newest first: a life that starts half-way must not find one of the branch that was given up
         if entry.step > back_to:

@@ -38,11 +38,15 @@ class Report:
         stage: Stage,
         groups: Groups,
         resumed_from: int | None,
+        place: Path,
         run_id: str | None,
         *,
         stages: Sequence[Stage],
     ) -> None:
-        """A stage of `stages` begins, or goes on in this life; the first one opens the record."""
+        """A stage of `stages` begins, or goes on in this life; the first one opens the record.
+
+        resumed_from: step that was saved in `place`; None at the beginning of a run.
+        """
         if len(stages) > 1:
             config = stage.config
             self.say(
@@ -54,7 +58,7 @@ class Report:
         if self._console is None or self._tracking is not None:
             return
         if resumed_from is not None:
-            self.say(f"resumed from step {resumed_from} in {self._config.run_dir / 'checkpoints'}")
+            self.say(f"resumed from step {resumed_from} in {place}")
         layout = {f"layout_{axis}": str(size) for axis, size in asdict(groups.layout).items()}
         description = RunDescription(
             name=self._config.name,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from parallel import cpu
 from parallel.checkpoint import CheckpointStore
 from parallel.groups import Groups, create_groups, destroy_groups
 from parallel.launch import Launch, connect
+from parallel.local_copies import LocalCopies
 
 StageEnd = Literal["ended", "stops"] | Explosion
 """The stage is over, the life is over, or gradients exploded and the run goes back."""
@@ -100,6 +101,18 @@ def _fitted(stage: Stage, world_size: int) -> Stage:
     return replace(stage, config=config)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    """Where a stage saves to, and what it goes on from."""
+
+    store: CheckpointStore
+    copies: LocalCopies | None
+    step: int | None
+    """Where the stage begins or goes on; None at the beginning of the run."""
+    source: CheckpointStore | LocalCopies
+    """Holds that step."""
+
+
 def _train_stage(
     config: RunConfig, stage: Stage, groups: Groups, report: Report, stages: Sequence[Stage]
 ) -> StageEnd:
@@ -110,17 +123,43 @@ def _train_stage(
     newest = store.newest_complete()
     if newest is not None and newest >= stage.last.step and not is_last:
         return "ended"
+    local = stage.config.checkpoint.local
+    if not local.directory:
+        saved = _Saved(store=store, copies=None, step=newest, source=store)
+        return _train_from(config, stage, groups, report, stages, saved)
+    asynchronous = stage.config.checkpoint.asynchronous
+    with closing(LocalCopies(local, config.run_dir, groups, asynchronous=asynchronous)) as copies:
+        nearer = copies.bring(newest or 0)
+        saved = _Saved(
+            store=store,
+            copies=copies,
+            step=newest if nearer is None else nearer,
+            source=store if nearer is None else copies,
+        )
+        return _train_from(config, stage, groups, report, stages, saved)
+
+
+def _train_from(
+    config: RunConfig,
+    stage: Stage,
+    groups: Groups,
+    report: Report,
+    stages: Sequence[Stage],
+    saved: _Saved,
+) -> StageEnd:
+    """Train a stage from what is saved of it, or of what comes before it."""
+    is_last, store = stage.index == len(stages) - 1, saved.store
     # first, because a shard that is missing should be known before a large model is built
     reader = open_prompts(stage) if stage.kind == "rl" else _Rows(stage)
     chunks, wrapped, optimizer = _build(stage, groups)
-    position, extra = _load(stage, store, newest, chunks, optimizer)
-    report.begin(stage, groups, newest, extra.get("mlflow_run_id"), stages=stages)
+    position, extra = _load(stage, saved, chunks, optimizer)
+    report.begin(stage, groups, saved.step, saved.source.directory, extra.get("mlflow_run_id"), stages=stages)
     vitals = Vitals(config, groups, report, extra.get("losses", []))
     guard = JumpGuard(
         stage, GradientParts(stage.config.model, chunks, optimizer), extra.get("gradient_norms")
     )
     store.pinned_step = guard.goes_back_to
-    parts = _saved_parts(store, chunks, optimizer, report, vitals, guard)
+    parts = _saved_parts(saved, chunks, optimizer, report, vitals, guard)
     saves = Saves(stage, dump_run(config), groups, parts)
     learner_parts = LearnerParts(
         groups=groups,
@@ -146,7 +185,7 @@ def _train_stage(
 
 
 def _saved_parts(
-    store: CheckpointStore,
+    saved: _Saved,
     chunks: list[HybridModel],
     optimizer: Optimizer,
     report: Report,
@@ -154,10 +193,12 @@ def _saved_parts(
     guard: JumpGuard,
 ) -> SavedParts:
     return SavedParts(
-        store=store,
+        store=saved.store,
+        copies=saved.copies,
         chunks=chunks,
         optimizer=optimizer,
-        before_save=(report.sync, vitals.saved),
+        before_save=(report.sync,),
+        checkpoint_begins=vitals.saved,
         mlflow_run_id=lambda: report.run_id,
         losses=lambda: vitals.judge.losses,
         gradient_norms=lambda: guard.watch.state,
@@ -222,12 +263,12 @@ def _build(stage: Stage, groups: Groups) -> tuple[list[HybridModel], list[Any], 
 
 
 def _load(
-    stage: Stage, store: CheckpointStore, step: int | None, chunks: list[HybridModel], optimizer: Optimizer
+    stage: Stage, saved: _Saved, chunks: list[HybridModel], optimizer: Optimizer
 ) -> tuple[Position, dict[str, Any]]:
-    """Place of the checkpoint of a step and what it holds beside the state; the beginning where there is none."""
-    if step is None:
+    """Place of what is saved and what it holds beside the state; the beginning where there is nothing."""
+    if saved.step is None:
         return Position(), {}
-    position, extra = load_state(store, step, chunks, optimizer)
+    position, extra = load_state(saved.source, saved.step, chunks, optimizer)
     _refuse_other_data(stage, extra)
     return position, extra
 

@@ -24,6 +24,7 @@ from parallel.checkpoint import CheckpointStore
 from parallel.groups import Groups
 from parallel.hang import Watchdog
 from parallel.launch import job_ends_at_s
+from parallel.local_copies import LocalCopies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +32,14 @@ class SavedParts:
     """What a checkpoint is made of."""
 
     store: CheckpointStore
+    copies: LocalCopies | None
+    """On the nodes' own disks, where the run keeps some."""
     chunks: list[HybridModel]
     optimizer: Optimizer
     before_save: Sequence[Callable[[], None]]
     """Called before each save; one puts the record of the steps, which the checkpoint builds on, on the disk."""
+    checkpoint_begins: Callable[[], None]
+    """Called before each save to the shared checkpoints."""
     mlflow_run_id: Callable[[], str | None]
     losses: Callable[[], list[float]]
     """The window that loss spikes are measured against."""
@@ -66,18 +71,25 @@ class Saves:
 
     def after_step(self, place: Position) -> str | None:
         """Save if it is time; why the run ends here, None to go on. Collective."""
-        config = self._config.checkpoint
-        self._note(self._parts.store.poll())
+        config, parts = self._config.checkpoint, self._parts
+        self._note(parts.store.poll())
         reason = self._early_end.reason()
         last = place.step == self._stage.last.step or reason is not None
-        due = last or (config.every_steps and place.step % config.every_steps == 0)
-        if due:
-            self._save(place)
-            if last:
-                self._note(self._parts.store.wait())
+        targets: list[CheckpointStore | LocalCopies] = []
+        if last or (config.every_steps and place.step % config.every_steps == 0):
+            parts.checkpoint_begins()
+            self._begun_s = time.monotonic()
+            targets.append(parts.store)
+        # after the last save of a life nothing is left that a copy could save
+        if parts.copies is not None and not last and place.step % config.local.every_steps == 0:
+            targets.append(parts.copies)
+        if targets:
+            self._save(place, targets)
+        if last:
+            self._note(parts.store.wait())
         return reason
 
-    def _save(self, place: Position) -> None:
+    def _save(self, place: Position, targets: Sequence[CheckpointStore | LocalCopies]) -> None:
         parts = self._parts
         for action in parts.before_save:
             action()
@@ -89,8 +101,7 @@ class Saves:
             "losses": parts.losses(),
             "gradient_norms": parts.gradient_norms(),
         }
-        self._begun_s = time.monotonic()
-        save_state(parts.store, place, parts.chunks, parts.optimizer, about, arrays)
+        save_state(targets, place, parts.chunks, parts.optimizer, about, arrays)
 
     def _note(self, published: int | None) -> None:
         if published is not None and self._begun_s is not None:

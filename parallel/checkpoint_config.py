@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalConfig:
+    """Copies of the state on the nodes' own disks, for a start that does not wait for the shared file system."""
+
+    directory: str = ""
+    """Where on every node, an absolute path; a directory per node and run is made in it. Empty: no copies."""
+    every_steps: int = 50
+    """Steps between two copies."""
+    keep: int = 2
+    """Newest copies of a rank that stay on a node; at least 2, because the newest may not be whole on all nodes."""
+    peer: bool = True
+    """Keep them on the next node as well: one lost node loses nothing. Costs host memory for the state of two ranks
+    while they are written, without a peer for one."""
+
+    def __post_init__(self) -> None:
+        if self.directory and not Path(self.directory).is_absolute():
+            raise ValueError(
+                f"checkpoint.local.directory={self.directory!r} is relative: it must be an absolute path that every "
+                "node has on a disk of its own; name one such as /scratch/m1"
+            )
+        for name, least in (("every_steps", 1), ("keep", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"checkpoint.local.{name}={getattr(self, name)} is too small: it must be {least} or more; "
+                    "leave checkpoint.local.directory empty to keep no copies"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +49,8 @@ class CheckpointConfig:
     the writer has made room. At least the largest tensor of a rank. 0: the whole state, so that no save waits."""
     writer_timeout_s: float = 3600.0
     """A background writer that has not finished after this many seconds is ended and the run stops."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """Copies on the nodes' own disks between two checkpoints."""
 
     def __post_init__(self) -> None:
         for name, meaning in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,11 @@ def job_ends_at_s(environment: Mapping[str, str] = os.environ) -> float | None:
     """Unix time at which the batch system ends this job; None where no limit is known."""
     text = environment.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdigit() else None
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Name of the machine that this process runs on: Slurm's where it has one, else the host's."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def meeting_place(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _READ_BYTES = 1 << 22
+_TIMELINE_NAME = "timeline"
 
 
 class CheckpointError(RuntimeError):
@@ -243,11 +245,25 @@ def remove(root: Path, step: int, token: str) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def timeline(root: Path) -> str:
+    """Token of the way a run has taken: it changes when the run goes back, and voids copies kept elsewhere."""
+    path = root / _TIMELINE_NAME
+    if not path.exists():
+        write_durably(path, secrets.token_hex(8).encode())
+    return path.read_text()
+
+
+def end_timeline(root: Path) -> None:
+    """The run goes back: what was saved on this way must not be resumed from any more."""
+    (root / _TIMELINE_NAME).unlink(missing_ok=True)
+
+
 def set_aside(root: Path, from_step: int) -> list[int]:
     """Take the checkpoints of a step and of all later ones out of the run; they stay as `step_....broken`.
 
     Returns: their steps.
     """
+    end_timeline(root)
     doomed = [entry for entry in list_checkpoints(root) if entry.step >= from_step]
     for entry in doomed:
         aside = entry.path.with_name(f"{entry.path.name}.broken")

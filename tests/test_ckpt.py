@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from megatron_m1 import cli
+from parallel.checkpoint_config import LocalConfig
+from parallel.local_copies import LocalCopies
 from tests.parallel.checkpoint_failures import groups_of_all, open_store, state_of
 from tests.spawn import run_ranks
 
@@ -20,6 +23,15 @@ def save(directory: str, values: dict[int, float], rows: int) -> None:
     store = open_store(directory, groups_of_all(), asynchronous=False, keep=0)
     for step, value in values.items():
         store.save(step, state_of(value, rows), {"position": {"consumed_samples": 1000 * step}})
+
+
+def save_copies(directory: str, run_dir: str) -> None:
+    """Steps 8 and 9 on two nodes of one rank each."""
+    os.environ["SLURMD_NODENAME"] = f"n{os.environ['RANK']}"
+    config = LocalConfig(directory=directory)
+    copies = LocalCopies(config, Path(run_dir), groups_of_all(), asynchronous=False)
+    for step in (8, 9):
+        copies.save(step, state_of(1.0, 8), {})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,23 @@ def test_ls_shows_complete_and_torn_ones(run_dir: Path) -> None:
     assert "1,000" in lines[1] and "dp2" in lines[1] and lines[1].rstrip().endswith("complete")
     assert "has no manifest.json" in lines[2]
     assert "1 rank" in m1("ls", step(run_dir, 4)).stdout
+
+
+def test_ls_shows_the_node_local_copies_that_this_machine_sees(run_dir: Path, tmp_path: Path) -> None:
+    assert "node-local" not in m1("ls", run_dir).stdout
+    local = tmp_path / "local"
+    run_ranks(2, save_copies, str(local), str(run_dir))
+    (run_dir / "run.yaml").write_text(f"checkpoint: {{local: {{directory: '{local}'}}}}\n")
+    shard = next(local.glob("n1/*/*/rank_00000/step_00000009"))
+    (shard / "state.bin").write_bytes(b"")
+    lines = cells(m1("ls", run_dir))
+    begin = next(number for number, line in enumerate(lines) if line[:1] == ["node-local"])
+    assert [line[:1] + line[2:] for line in lines[begin + 2 :]] == [
+        ["8", "n0", "0", "1", "complete"],
+        ["9", "n0", "0", "1", "complete"],
+        ["8", "n1", "0", "1", "complete"],
+        ["9", "n1", "0", "1", "torn:", "0"],
+    ]
 
 
 def test_verify_reads_everything_and_names_what_is_damaged(run_dir: Path) -> None:

@@ -10,7 +10,8 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,21 +21,40 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_m1.model.hybrid import HybridModel
 from megatron_m1.training.optimizer import Optimizer
 from megatron_m1.training.position import Position
-from parallel.checkpoint import CheckpointStore
+
+
+class StateTarget(Protocol):
+    """What a state is saved to: the checkpoints of a run, or the copies on its nodes."""
+
+    def save(self, step: int, sharded_state: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Save it; collective."""
+
+
+class StateSource(Protocol):
+    """What a state is loaded from: the same two."""
+
+    directory: Path
+    """For messages."""
+
+    def about(self, step: int) -> dict[str, Any]:
+        """The JSON of a step; collective."""
+
+    def load(self, step: int, template: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The template filled, and the JSON; collective."""
 
 
 def save_state(
-    store: CheckpointStore,
+    targets: Sequence[StateTarget],
     position: Position,
     chunks: Sequence[HybridModel],
     optimizer: Optimizer,
     extra: dict[str, Any],
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Start a checkpoint of the whole state; collective.
+    """Start to save the whole state; collective.
 
     Args:
-        store: where to.
+        targets: where to.
         position: how far the run has come.
         chunks: this rank's model chunks.
         optimizer: of them.
@@ -46,13 +66,14 @@ def save_state(
     state = {"weights": weights, "optimizer": optimizer.sharded_state(weights), "arrays": _shared(given)}
     about = {name: [str(tensor.dtype)[6:], list(tensor.shape)] for name, tensor in given.items()}
     extra = extra | {"position": asdict(position), "random": random_state(), "arrays": about}
-    store.save(position.step, state, extra)
+    for target in targets:
+        target.save(position.step, state, extra)
 
 
 def load_state(
-    store: CheckpointStore, step: int, chunks: Sequence[HybridModel], optimizer: Optimizer
+    source: StateSource, step: int, chunks: Sequence[HybridModel], optimizer: Optimizer
 ) -> tuple[Position, dict[str, Any]]:
-    """Load a checkpoint saved under any layout into this one; collective.
+    """Load a saved state into this process; from a checkpoint, under whatever layout it was saved. Collective.
 
     Returns:
         The position, and what `save_state` was given as `extra`, with its arrays under "arrays".
@@ -62,14 +83,14 @@ def load_state(
     """
     weights = _weights(chunks)
     # checkpoints of versions without arrays have no such entry
-    about = store.about(step).get("arrays", {})
+    about = source.about(step).get("arrays", {})
     empty = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in about.items()}
     template = {
         "weights": weights,
         "optimizer": optimizer.sharded_template(weights),
         "arrays": _shared(empty),
     }
-    state, extra = store.load(step, template)
+    state, extra = source.load(step, template)
     with torch.no_grad():
         for index, chunk in enumerate(chunks):
             parameters = dict(chunk.named_parameters())

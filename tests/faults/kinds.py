@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import yaml
 
 from megatron_m1.training.health import refused_steps
 from parallel.hang import HANG_EXIT_CODE, REPORT_NAME
@@ -220,11 +223,33 @@ def corrupted_manifest(trial: Trial) -> None:
     trial.detected = codes == [0] * WORLD_SIZE and "not resumed from" in life.said()
 
 
+def lost_node(trial: Trial) -> None:
+    """A node and its disk are lost: its ranks go on from the peer's copies; with both lost, from the checkpoint."""
+    text, local = trial.run_file.read_text(), trial.run_dir.parent / "local"
+    lost = trial.random.choice((["n0"], ["n1"], ["n0", "n1"]))
+    values = yaml.safe_load(text)
+    values["checkpoint"]["local"] = {"directory": str(local), "every_steps": 1}
+    if len(lost) == 1:
+        # nothing else is left to go on from
+        values["checkpoint"]["every_steps"] = 0
+    trial.run_file.write_text(yaml.safe_dump(values))
+    trial.run_until_a_moment().kill()
+    for node in lost:
+        shutil.rmtree(local / node)
+    life = trial.start()
+    codes = life.wait()
+    place = local if len(lost) == 1 else trial.run_dir / "checkpoints"
+    resumed = re.search(rf"resumed from step \d+ in {re.escape(str(place))}", life.said())
+    from_peer = "have their node-local copies of step" in life.said()
+    trial.detected = codes == [0] * WORLD_SIZE and bool(resumed) and from_peer == (len(lost) == 1)
+    trial.run_file.write_text(text)
+
+
 KINDS: dict[str, Callable[[Trial], None]] = {
     kind.__name__: kind
     for kind in (
         killed, stopped, torn_checkpoint, bit_flip, disk_full, slow_disk, mlflow_down, truncated_data, clock_jump,
-        nan_gradient, broken_weights, corrupted_manifest,
+        nan_gradient, broken_weights, corrupted_manifest, lost_node,
     )
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from parallel.launch import host_local_ranks
 from tests.spawn import ROOT, _forking
 
 WORLD_SIZE = 4
+RANKS_PER_NODE = 2
 _STRUCK_FILE = "struck"
 
 
@@ -55,7 +56,7 @@ class Life:
         self.ranks = [
             _forking().Process(
                 target=_rank_main,
-                args=(run_file, logs, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, planted),
+                args=(run_file, logs, shared | _place_of(rank), planted),
             )
             for rank in range(WORLD_SIZE)
         ]
@@ -104,6 +105,12 @@ class Life:
     def said(self) -> str:
         """What all ranks have printed."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self._logs.glob("*.log")))
+
+
+def _place_of(rank: int) -> dict[str, str]:
+    """What a launcher tells a rank: here two ranks are one node."""
+    node, local = divmod(rank, RANKS_PER_NODE)
+    return {"RANK": str(rank), "LOCAL_RANK": str(local), "SLURMD_NODENAME": f"n{node}"}
 
 
 def newest_step(run_dir: Path) -> int:
