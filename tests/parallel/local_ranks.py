@@ -209,6 +209,7 @@ def small_cases(directory: str) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     full.save(6, trainer.state(), {})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
     found["partial"] = [path.name for path in Path(f"{directory}/local").glob("*/*/*/*/*.partial-*")]
     full.save(8, trainer.state(), {})
     found["after a full disk"] = heard.texts
