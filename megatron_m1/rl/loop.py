@@ -137,7 +137,7 @@ class PolicyTrainer:
         return self._update_metrics(result.loss_nats, stats) | {
             "auxiliary_loss": result.auxiliary_loss,
             "grad_norm": grad_norm,
-            "dropped_share": result.dropped_share,
+            **result.expert_load(self.groups.layout.ep),
             "update_refused": int(not was_made),
             "update_skipped": 0,
         }

@@ -176,10 +176,6 @@ class Trainer:
         config, place = self.config, self.position
         model = self.chunks[0].model
         peak = peak_flops_per_s(self.groups.device, config.precision)
-        load_LE = result.tokens_per_expert_LE
-        # the experts of an ep rank lie side by side
-        load_LR = load_LE.unflatten(1, (self.groups.layout.ep, -1)).sum(2)
-        load_E = load_LE.sum(0)
         rates = throughput(
             num_tokens=count * config.sequence_length,
             step_time_s=seconds,
@@ -199,14 +195,7 @@ class Trainer:
             sample_ids_hash=names,
             extra={
                 "loss_tokens": result.loss_tokens,
-                "dropped_share": result.dropped_share,
-                "busiest_expert_over_mean": float((load_LE.amax(1) / load_LE.mean(1).clamp(min=1)).amax()),
-                "busiest_ep_rank_over_mean": float((load_LR.amax(1) / load_LR.mean(1).clamp(min=1)).amax()),
-                "busiest_ep_rank_tokens": int(load_LR.amax()),
-                **{
-                    f"expert_share/{expert}": float(share)
-                    for expert, share in enumerate(load_E / load_E.sum())
-                },
+                **result.expert_load(self.groups.layout.ep),
                 "update_refused": int(not was_made),
             },
             **rates,

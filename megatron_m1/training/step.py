@@ -46,6 +46,27 @@ class StepResult:
     dropped_share: float
     """Share of expert choices dropped by capacity."""
 
+    def expert_load(self, ep: int) -> dict[str, float | int]:
+        """How evenly experts and the ranks of expert parallelism were used, as metrics; the worst layer counts.
+
+        ep: size of expert parallelism; the experts of a rank lie side by side.
+        """
+        load_LE = self.tokens_per_expert_LE
+        load_LR = load_LE.unflatten(1, (ep, -1)).sum(2)
+        load_E = load_LE.sum(0)
+        shares_E = (load_E / load_E.sum().clamp(min=1)).tolist()
+        return {
+            "dropped_share": self.dropped_share,
+            "busiest_expert_over_mean": _most_over_mean(load_LE),
+            "busiest_ep_rank_over_mean": _most_over_mean(load_LR),
+            "busiest_ep_rank_tokens": int(load_LR.amax()),
+            **{f"expert_share/{expert}": share for expert, share in enumerate(shares_E)},
+        }
+
+
+def _most_over_mean(load_LX: torch.Tensor) -> float:
+    return float((load_LX.amax(1) / load_LX.mean(1).clamp(min=1)).amax())
+
 
 def wrap_for_gradients(
     chunks: Sequence[HybridModel], groups: Groups, *, overlap: bool = False

@@ -43,6 +43,12 @@ class Planted:
     """This rank's last weight is NaN after this step of the life; 0 never."""
     seconds_per_step: float = 0.0
     """Added to every step, on every rank."""
+    survey_every_steps: int = 0
+    """Steps between two surveys of all ranks, on every rank; 0 leaves it as it is."""
+    times_as_slow: int = 1
+    """This rank's device takes so many times as long for the work by which ranks are compared."""
+    free_memory_gib: float = 0.0
+    """All that this rank finds free; 0 leaves it as it is."""
 
 
 class Life:
@@ -129,12 +135,15 @@ def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted:
     os.dup2(log, 2)
     os.chdir(ROOT)
     import tests.rank_template  # noqa: F401
+    from megatron_m1 import vitals
     from megatron_m1.config import load_run
     from megatron_m1.start import train
 
     config = load_run(run_file)
     if planted is not None:
         _before_steps(lambda *_: time.sleep(planted.seconds_per_step))
+        if planted.survey_every_steps:
+            vitals._SURVEY_EVERY_STEPS = planted.survey_every_steps
         if planted.rank == rank:
             _plant(planted, config.run_dir, logs)
     train(config)
@@ -168,8 +177,18 @@ def _plant(planted: Planted, run_dir: Path, logs: Path) -> None:
         time.time = lambda: real() + (planted.clock_jump_s if newest_step(run_dir) >= 3 else 0.0)
     if planted.weights_broken_after_step:
         _before_steps(functools.partial(_break_weights, planted.weights_broken_after_step + 1))
+    if planted.times_as_slow > 1 or planted.free_memory_gib:
+        _plant_poor_device(planted)
     if planted.nan_at_step:
         _plant_nan(planted.nan_at_step)
+
+
+def _plant_poor_device(planted: Planted) -> None:
+    from megatron_m1 import vitals
+
+    vitals._PROBE_REPEATS *= planted.times_as_slow
+    if planted.free_memory_gib:
+        vitals._free_gib = lambda _device: planted.free_memory_gib
 
 
 def _break_weights(before_step: int, step: int, trainer: Any) -> None:
