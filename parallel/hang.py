@@ -28,6 +28,9 @@ HANG_EXIT_CODE = 70
 REPORT_NAME = "hang.txt"
 _PEERS = re.compile(r"(\d+)\s*(->|<-)\s*(\d+)")
 _LAST_CALLS = 200
+_GRACE_S = 5.0
+# the first look at the recorder's stacks takes seconds, and more on a busy machine
+_EVIDENCE_S = 60.0
 _OURS = re.compile(r"/(parallel|megatron_m1|kernels_cuda|data_pipeline)/")
 
 
@@ -220,6 +223,7 @@ class Watchdog:
         # not armed before the first beat: loading and compiling have their own limits
         self._last_beat_s: float | None = None
         self._ended = threading.Event()
+        self._reports = False
         self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
 
     def beat(self) -> None:
@@ -230,7 +234,7 @@ class Watchdog:
         if self._timeout_s > 0:
             if self._rank == 0:
                 # an earlier life's; nobody writes before all ranks have taken a step
-                for old in self._directory.glob("rank*.json"):
+                for old in self._directory.glob("rank*.*"):
                     old.unlink()
                 (self._directory / REPORT_NAME).unlink(missing_ok=True)
             self._thread.start()
@@ -240,17 +244,23 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        if self._reports:
+            # what broke this rank is that another one has written its evidence and left: this one's still counts
+            self._thread.join(2 * _EVIDENCE_S + self._timeout_s)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout_s / 4)):
             last = self._last_beat_s
             if last is not None and time.monotonic() - last > self._timeout_s:
+                self._reports = True
                 self._report()
                 # nothing less ends a process whose main thread waits in a collective
                 os._exit(HANG_EXIT_CODE)
 
     def _report(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
+        # at once, so that a rank that still gathers its evidence is not taken for a stopped one
+        (self._directory / f"rank{self._rank}.alive").touch()
         evidence = {
             "calls": [asdict(call) for call in read_journal(self._rank)],
             "stacks": stacks(),
@@ -259,12 +269,7 @@ class Watchdog:
         waiting = self._directory / f"rank{self._rank}.tmp"
         waiting.write_text(json.dumps(evidence), encoding="utf-8")
         waiting.rename(self._directory / f"rank{self._rank}.json")
-        # the others' last beats were within one step of ours, and they look as often
-        deadline = time.monotonic() + self._timeout_s / 2 + 5.0
-        files = {rank: self._directory / f"rank{rank}.json" for rank in range(self._world_size)}
-        while time.monotonic() < deadline and not all(file.exists() for file in files.values()):
-            time.sleep(0.1)
-        present = {rank: file for rank, file in files.items() if file.exists()}
+        present = self._wait_for_evidence()
         if self._rank == min(present):
             text = compose_report(
                 {rank: json.loads(file.read_text()) for rank, file in present.items()}, self._world_size
@@ -273,8 +278,23 @@ class Watchdog:
             print(text.split("\n\n")[0], file=sys.stderr, flush=True)
         else:
             # do not die while the report is written: a dead rank makes the launcher kill the others
-            while time.monotonic() < deadline + 5.0 and not (self._directory / REPORT_NAME).exists():
+            deadline = time.monotonic() + _EVIDENCE_S + _GRACE_S
+            while time.monotonic() < deadline and not (self._directory / REPORT_NAME).exists():
                 time.sleep(0.1)
+
+    def _wait_for_evidence(self) -> dict[int, Path]:
+        """Rank -> its evidence, of all that write some."""
+        files = {rank: self._directory / f"rank{rank}.json" for rank in range(self._world_size)}
+        began = time.monotonic()
+        # the others' last beats were within one step of ours, and they look as often
+        all_alive_s, all_written_s = self._timeout_s / 2 + _GRACE_S, self._timeout_s / 2 + _EVIDENCE_S
+        while (waited := time.monotonic() - began) < all_written_s:
+            missing = [file for file in files.values() if not file.exists()]
+            still_write = any(file.with_suffix(".alive").exists() for file in missing)
+            if not missing or (waited > all_alive_s and not still_write):
+                break
+            time.sleep(0.1)
+        return {rank: file for rank, file in files.items() if file.exists()}
 
 
 def compose_report(evidence: Mapping[int, Mapping[str, Any]], world_size: int) -> str:

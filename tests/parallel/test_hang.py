@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from parallel.hang import HANG_EXIT_CODE, REPORT_NAME, Call, first_divergence, waits_for_others
-from parallel.launch import host_local_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
+from parallel import hang as hang_module
+from parallel.hang import HANG_EXIT_CODE, REPORT_NAME, Call, Watchdog, first_divergence, waits_for_others
+from parallel.launch import connect, host_local_ranks, read_environment
+from tests.spawn import ROOT, _forking
 
 
 def call(
@@ -93,72 +94,71 @@ def test_a_message_waits_for_its_peer() -> None:
     assert first_divergence(journals, 2).rank == 1
 
 
-_RANK = """
-import sys, time, torch, torch.distributed as dist
-from pathlib import Path
-from parallel.hang import Watchdog
-from parallel.launch import connect, read_environment
-launch = read_environment()
-connect(launch)
-pair, other = dist.new_group([2, 3]), dist.new_group([0, 1])
-with Watchdog(Path(sys.argv[1]), timeout_s=2.0, rank=launch.rank, world_size=4) as watchdog:
-    for step in range(3):
-        dist.all_reduce(torch.ones(4))
-        watchdog.beat()
-    if launch.rank == 3 and sys.argv[2] != "stop":
+def hang(directory: Path, fault: str, environment: dict[str, str]) -> None:
+    """One of four ranks: three steps, then rank 3 does not come to the others."""
+    os.environ.clear()
+    os.environ.update(environment)
+    import tests.rank_template  # noqa: F401
+
+    launch = read_environment()
+    connect(launch)
+    pair, other = dist.new_group([2, 3]), dist.new_group([0, 1])
+    if fault == "slow":
+        _gather_slowly(launch.rank)
+    with Watchdog(directory, timeout_s=2.0, rank=launch.rank, world_size=4) as watchdog:
+        for _ in range(3):
+            dist.all_reduce(torch.ones(4))
+            watchdog.beat()
+        (directory / f"here{launch.rank}").touch()
+        if launch.rank == 3:
+            time.sleep(600)
+        if launch.rank == 0 and fault == "message":
+            dist.recv(torch.ones(4), src=2)
+        if launch.rank < 2 and fault == "message":
+            dist.all_reduce(torch.ones(7), group=other)
+        if launch.rank == 2:
+            dist.all_reduce(torch.ones(5), group=pair)
+        dist.all_reduce(torch.ones(6))
         time.sleep(600)
-    print("here", flush=True)
-    if launch.rank == 0 and sys.argv[2] == "message":
-        dist.recv(torch.ones(4), src=2)
-    if launch.rank < 2 and sys.argv[2] == "message":
-        dist.all_reduce(torch.ones(7), group=other)
-    if launch.rank >= 2:
-        dist.all_reduce(torch.ones(5), group=pair)
-    dist.all_reduce(torch.ones(6))
-    time.sleep(600)
-"""
+
+
+def _gather_slowly(rank: int) -> None:
+    """Rank 3 still gathers its evidence when the others' patience with silent ranks has ended."""
+    hang_module._GRACE_S = 0.5
+    if rank == 3:
+        real = hang_module.read_journal
+        hang_module.read_journal = lambda rank: (time.sleep(4), real(rank))[1]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fault", ["sleep", "stop", "message"])
+@pytest.mark.parametrize("fault", ["sleep", "stop", "message", "slow"])
 def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault: str, tmp_path: Path) -> None:
-    program = _RANK
-    if fault == "stop":
-        program = _RANK.replace("time.sleep(600)\n    print", "pass\n    print").replace(
-            "    if launch.rank >= 2",
-            "    if launch.rank == 3:\n        time.sleep(600)\n    if launch.rank >= 2",
-        )
     store, meeting = host_local_ranks(4)
-    shared = {
-        **os.environ,
-        **meeting,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", program, str(tmp_path), fault]
+    shared = {**os.environ, **meeting, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     ranks = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
+        _forking().Process(
+            target=hang, args=(tmp_path, fault, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         )
         for rank in range(4)
     ]
     try:
+        for process in ranks:
+            process.start()
         if fault == "stop":
-            assert ranks[3].stdout is not None
-            ranks[3].stdout.readline()
-            ranks[3].send_signal(signal.SIGSTOP)
-        codes = [process.wait(120) for process in (ranks[:3] if fault == "stop" else ranks)]
+            _wait_for(tmp_path / "here3")
+            assert ranks[3].pid is not None
+            os.kill(ranks[3].pid, signal.SIGSTOP)
+        ended = ranks[:3] if fault == "stop" else ranks
+        for process in ended:
+            process.join(120)
+        codes = [process.exitcode for process in ended]
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.join()
     del store
     # the first rank that ends breaks the connections of the others
-    assert HANG_EXIT_CODE in codes and 0 not in codes
+    assert HANG_EXIT_CODE in codes and 0 not in codes and None not in codes, codes
     report = (tmp_path / REPORT_NAME).read_text()
     if fault == "stop":
         assert report.startswith("HANG: rank 3 wrote nothing")
@@ -175,3 +175,10 @@ def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault:
     else:
         # the others wait in the large one for rank 2
         assert "rank 0: in all_reduce [[6]]" in report
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
