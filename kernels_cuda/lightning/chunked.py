@@ -18,14 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, zip_longest
+from math import prod
+from typing import NamedTuple
 
 import torch
 
 CHUNK_TOKENS = 64
 """Tokens of a full tile, as in the kernel. Longer tiles cost more products, shorter ones more passes over the state."""
 
-BLOCK_BYTES = 512 * 1024
-"""What one operand of a block may take: few, large calls, as long as they stay in a core's cache."""
+BLOCK_BYTES = {2: 1024 * 1024, 4: 256 * 1024, 8: 256 * 1024}
+"""What one operand of a block may take, by the bytes of an element. All of a block should stay in a core's cache; but
+16-bit products take so little time that calls count, and there are fewer of them in larger blocks."""
 
 STATE_TOKENS = {"cpu": 512}
 STATE_TOKENS_ELSEWHERE = 16384
@@ -101,8 +104,9 @@ def plan_blocks(spans: tuple[Span, ...], tiles_per_block: int) -> tuple[Block, .
 
 def blocks_for(operand_THD: torch.Tensor, spans: tuple[Span, ...]) -> tuple[Block, ...]:
     """The plan for operands like this one: as many tiles per block as the cache holds."""
-    tile_bytes = CHUNK_TOKENS * operand_THD[0].numel() * operand_THD.element_size()
-    return plan_blocks(spans, max(1, BLOCK_BYTES // tile_bytes))
+    element_bytes = operand_THD.element_size()
+    tile_bytes = CHUNK_TOKENS * operand_THD[0].numel() * element_bytes
+    return plan_blocks(spans, max(1, BLOCK_BYTES[element_bytes] // tile_bytes))
 
 
 def state_dtype_for(dtype: torch.dtype) -> torch.dtype:
@@ -110,14 +114,46 @@ def state_dtype_for(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class DecayTables:
-    """Powers of lambda = exp(-slope) that every tile of one call shares; no exp inside the loop.
+class Workspace:
+    """Memory that all blocks of a call use one after the other, so that it stays in the core's cache.
 
-    In the dtype of the operands: mask(block), scale * lambda^|i-j| on the seen side of the diagonal, [H, L, L], and
-    enter(L), the weight of the entering state on each token, scale included, [H, L, 1]. In that of the states, whose
-    errors stay: leave(L), the weight of each token in the leaving state, [H, L, 1], and total(L), the decay of a state
-    over a tile, [H, 1, 1].
+    A tensor lent under a name holds its values until that name is lent again.
     """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._memory: dict[str, torch.Tensor] = {}
+        self._lent: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def lend(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of a shape with whatever was in it; a name has one dtype."""
+        lent = self._lent.get((name, shape))
+        if lent is None:
+            count = prod(shape)
+            if name not in self._memory or len(self._memory[name]) < count:
+                self._memory[name] = torch.empty(count, dtype=dtype, device=self._device)
+                # what was lent of the smaller memory would keep it
+                self._lent = {key: tensor for key, tensor in self._lent.items() if key[0] != name}
+            lent = self._lent[name, shape] = self._memory[name][:count].view(shape)
+        return lent
+
+
+class TileDecays(NamedTuple):
+    """Powers of lambda = exp(-slope) for tiles of L tokens: the first two in the dtype of the operands, the others in
+    that of the states, whose errors stay."""
+
+    mask_HLL: torch.Tensor
+    """scale * lambda^|i-j| on the seen side of the diagonal."""
+    enter_HL1: torch.Tensor
+    """Weight of the entering state on each token, scale included."""
+    leave_HL1: torch.Tensor
+    """Weight of each token in the leaving state."""
+    total_H11: torch.Tensor
+    """Decay of a state over the tile."""
+
+
+class DecayTables:
+    """The decays that all tiles of one call share, whatever their length; no exp inside the loop."""
 
     def __init__(self, slopes_H: torch.Tensor, reverse: bool, scale: float, dtype: torch.dtype):
         state_dtype = state_dtype_for(dtype)
@@ -126,53 +162,72 @@ class DecayTables:
         # M depends on i - j alone: its rows are windows of one line of powers, zero where j is not seen
         line = torch.nn.functional.pad(scale * powers_HC[:, :-1], (CHUNK_TOKENS - 1, 0)).to(dtype)
         mask_HCC = line.unfold(1, CHUNK_TOKENS, 1).flip(2)
-        self.mask_HCC = mask_HCC.mT.contiguous() if reverse else mask_HCC
-        powers_HC1, falling_HC1 = powers_HC[:, :, None], powers_HC.flip(1)[:, :, None]
         self.reverse = reverse
-        self.enter_HC1 = (scale * (falling_HC1[:, :-1] if reverse else powers_HC1[:, 1:])).to(dtype)
-        self.leave_HC1 = (powers_HC1[:, :-1] if reverse else falling_HC1[:, 1:]).to(state_dtype)
-        self.powers_HC1 = powers_HC1.to(state_dtype)
+        self._mask_HCC = mask_HCC.mT.contiguous() if reverse else mask_HCC
+        self._powers_HC1 = powers_HC[:, :, None].to(state_dtype)
+        self._scaled_powers_HC1 = (scale * powers_HC[:, :, None]).to(dtype)
+        self._tiles: dict[int, TileDecays] = {}
+
+    def tile(self, tokens: int) -> TileDecays:
+        """The decays of tiles of so many tokens."""
+        if tokens not in self._tiles:
+            # both weights rise or fall along the tile: with time the entering state has decayed once on its first token
+            enter_HL1 = self._scaled_powers_HC1[:, 1 : tokens + 1]
+            leave_HL1 = self._powers_HC1[:, :tokens]
+            self._tiles[tokens] = TileDecays(
+                mask_HLL=self._mask_HCC[:, :tokens, :tokens],
+                enter_HL1=enter_HL1.flip(1) if self.reverse else enter_HL1,
+                leave_HL1=leave_HL1 if self.reverse else leave_HL1.flip(1),
+                total_H11=self._powers_HC1[:, tokens : tokens + 1],
+            )
+        return self._tiles[tokens]
 
     def mask(self, block: Block) -> torch.Tensor:
-        tokens = block.tile_tokens
-        mask_HLL = self.mask_HCC[:, :tokens, :tokens]
+        """The mask of the block's tiles, in which the documents of a shared tile do not see each other."""
+        mask_HLL = self.tile(block.tile_tokens).mask_HLL
         if len(block.lengths) == 1:
             return mask_HLL
         owner_L = torch.repeat_interleave(torch.tensor(block.lengths)).to(mask_HLL.device)
         return mask_HLL * (owner_L[:, None] == owner_L[None, :])
 
-    def enter(self, tokens: int) -> torch.Tensor:
-        return self.enter_HC1[:, CHUNK_TOKENS - tokens :] if self.reverse else self.enter_HC1[:, :tokens]
-
-    def leave(self, tokens: int) -> torch.Tensor:
-        return self.leave_HC1[:, :tokens] if self.reverse else self.leave_HC1[:, CHUNK_TOKENS - tokens :]
-
-    def total(self, tokens: int) -> torch.Tensor:
-        return self.powers_HC1[:, tokens : tokens + 1]
-
 
 def tiles_of(x_THD: torch.Tensor, block: Block) -> torch.Tensor:
-    """The block's tokens as a view [M, H, L, D]."""
-    x_MLHD = x_THD[block.start : block.stop].view(block.num_tiles, block.tile_tokens, *x_THD.shape[1:])
-    return x_MLHD.transpose(1, 2)
-
-
-def load_tiles(block: Block, *operands_THD: torch.Tensor) -> list[torch.Tensor]:
-    """The block's part of each operand, [A, L, D], copied: far faster to multiply than rows a token apart."""
-    shape = (block.num_tiles * operands_THD[0].shape[1], block.tile_tokens)
-    return [tiles_of(x, block).reshape(*shape, x.shape[2]) for x in operands_THD]
+    """The block's tokens as a view [M, H, L, D]; of one tile [H, L, D]."""
+    x_LHD = x_THD[block.start : block.stop]
+    if block.num_tiles == 1:
+        return x_LHD.transpose(0, 1)
+    return x_LHD.view(block.num_tiles, block.tile_tokens, *x_THD.shape[1:]).transpose(1, 2)
 
 
 def by_tile(x_A: torch.Tensor, num_tiles: int) -> torch.Tensor:
-    """[A, ...] -> [M, H, ...], over which the decays of the heads broadcast."""
-    return x_A.view(num_tiles, x_A.shape[0] // num_tiles, *x_A.shape[1:])
+    """[A, ...] -> [M, H, ...], over which the decays of the heads broadcast; of one tile [H, ...]."""
+    return x_A if num_tiles == 1 else x_A.view(num_tiles, -1, *x_A.shape[1:])
+
+
+def load_tiles(
+    block: Block, workspace: Workspace, operands_THD: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The block's part of each operand, [A, L, D], copied: far faster to multiply than rows a token apart."""
+    tiles = []
+    for name, x_THD in operands_THD.items():
+        _, num_heads, dim = x_THD.shape
+        x_ALD = workspace.lend(name, (block.num_tiles * num_heads, block.tile_tokens, dim), x_THD.dtype)
+        by_tile(x_ALD, block.num_tiles).copy_(tiles_of(x_THD, block))
+        tiles.append(x_ALD)
+    return tiles
+
+
+def product(a_AIJ: torch.Tensor, b_AJK: torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
+    """a b in the workspace, under a name."""
+    shape = (*a_AIJ.shape[:2], b_AJK.shape[2])
+    return torch.bmm(a_AIJ, b_AJK, out=workspace.lend(name, shape, a_AIJ.dtype))
 
 
 def decayed_scores(
-    q_ALK: torch.Tensor, k_ALK: torch.Tensor, block: Block, tables: DecayTables
+    q_ALK: torch.Tensor, k_ALK: torch.Tensor, block: Block, tables: DecayTables, scores_ALL: torch.Tensor
 ) -> torch.Tensor:
-    """(Q K^T) * M in the dtype of the operands."""
-    scores_ALL = torch.bmm(q_ALK, k_ALK.mT)
+    """(Q K^T) * M in the dtype of the operands, written over scores."""
+    torch.bmm(q_ALK, k_ALK.mT, out=scores_ALL)
     by_tile(scores_ALL, block.num_tiles).mul_(tables.mask(block))
     return scores_ALL
 
@@ -184,20 +239,21 @@ def store_sum(
     states: torch.Tensor | None,
     block: Block,
     tables: DecayTables,
+    workspace: Workspace,
 ) -> None:
     """Write intra + decayed Q S to the block's rows; states as StateWalk.step gives them."""
     o_MHLV, intra_MHLV = tiles_of(o_THV, block), by_tile(intra_ALV, block.num_tiles)
     if states is None:
         o_MHLV.copy_(intra_MHLV)
     elif len(block.lengths) == 1:
-        inter_MHLV = by_tile(torch.bmm(q_ALK, states), block.num_tiles)
-        torch.addcmul(intra_MHLV, inter_MHLV, tables.enter(block.tile_tokens), out=o_MHLV)
+        inter_MHLV = by_tile(product(q_ALK, states, "inter", workspace), block.num_tiles)
+        torch.addcmul(intra_MHLV, inter_MHLV, tables.tile(block.tile_tokens).enter_HL1, out=o_MHLV)
     else:
-        parts = (x.split(block.lengths, dim=1) for x in (o_MHLV[0], intra_ALV, q_ALK))
-        by_document = by_tile(states, len(block.lengths))
+        parts = (x.split(block.lengths, dim=1) for x in (o_MHLV, intra_ALV, q_ALK))
+        by_document = states.view(len(block.lengths), -1, *states.shape[1:])
         for o_HlV, intra_HlV, q_HlK, state_HKV in zip(*parts, by_document, strict=True):
-            inter_HlV = torch.bmm(q_HlK, state_HKV)
-            torch.addcmul(intra_HlV, inter_HlV, tables.enter(q_HlK.shape[1]), out=o_HlV)
+            inter_HlV = product(q_HlK, state_HKV, "inter", workspace)
+            torch.addcmul(intra_HlV, inter_HlV, tables.tile(q_HlK.shape[1]).enter_HL1, out=o_HlV)
 
 
 class StateWalk:
@@ -207,16 +263,20 @@ class StateWalk:
         self,
         blocks: tuple[Block, ...],
         tables: DecayTables,
+        workspace: Workspace,
         state_in_NHKV: torch.Tensor | None,
         state_out_NHKV: torch.Tensor | None,
     ):
         self.blocks = blocks[::-1] if tables.reverse else blocks
-        self.tables, self.state_in_NHKV, self.state_out_NHKV = tables, state_in_NHKV, state_out_NHKV
+        self.tables, self.workspace = tables, workspace
+        self.state_in_NHKV, self.state_out_NHKV = state_in_NHKV, state_out_NHKV
         self.carried_HKV: torch.Tensor | None = None
+        self._num_carried = self._num_updates = 0
 
     def step(self, block: Block, k_ALK: torch.Tensor, v_ALV: torch.Tensor) -> torch.Tensor | None:
         """Take a block's tokens in. Returns the states that enter its tiles, [A, K, V] in the operands' dtype (of a
-        shared tile: those of its documents, [its N * H, K, V]), or None where nothing enters."""
+        shared tile: those of its documents, [its N * H, K, V]), or None where nothing enters. They hold until the
+        next step."""
         begins, ends = (block.opens, block.closes)[:: -1 if self.tables.reverse else 1]
         entering_NHKV = None if self.state_in_NHKV is None else self.state_in_NHKV[block.documents]
         state_out_NHKV = self.state_out_NHKV if ends else None
@@ -226,7 +286,7 @@ class StateWalk:
                 self._close_documents(block.lengths, k_ALK, v_ALV, entering_NHKV, leaving_NHKV)
             return None if entering_NHKV is None else entering_NHKV.flatten(0, 1).to(k_ALK.dtype)
         if begins:
-            self.carried_HKV = None if entering_NHKV is None else entering_NHKV[0].clone()
+            self.carried_HKV = None if entering_NHKV is None else entering_NHKV[0]
         states_AKV = self._pass_tiles(
             block.num_tiles, k_ALK, v_ALV, last_counts=leaving_NHKV is not None or not ends
         )
@@ -238,34 +298,48 @@ class StateWalk:
         self, num_tiles: int, k_ALK: torch.Tensor, v_ALV: torch.Tensor, last_counts: bool
     ) -> torch.Tensor | None:
         """The state through the tiles of one document; last_counts: the state after the last of them is needed."""
-        state_HKV, total_H11 = self.carried_HKV, self.tables.total(k_ALK.shape[1])
+        total_H11 = self.tables.tile(k_ALK.shape[1]).total_H11
         if num_tiles == 1:
+            entering_HKV = self.carried_HKV
             if last_counts:
-                left_HKV = self._updates(1, k_ALK, v_ALV).to(total_H11.dtype)
-                self.carried_HKV = left_HKV if state_HKV is None else left_HKV.addcmul_(state_HKV, total_H11)
-            return None if state_HKV is None else state_HKV.to(k_ALK.dtype)
-        if state_HKV is None:
-            state_HKV = total_H11.new_zeros(len(total_H11), k_ALK.shape[2], v_ALV.shape[2])
-        states_AKV = k_ALK.new_empty(len(k_ALK), *state_HKV.shape[1:])
+                self._carry(self._updates(1, k_ALK, v_ALV), total_H11)
+            return entering_HKV if entering_HKV is None else entering_HKV.to(k_ALK.dtype)
+        num_heads = len(total_H11)
+        states_AKV = self.workspace.lend("states", (len(k_ALK), k_ALK.shape[2], v_ALV.shape[2]), k_ALK.dtype)
         if not last_counts:
-            counted = slice(len(total_H11), None) if self.tables.reverse else slice(-len(total_H11))
+            counted = slice(num_heads, None) if self.tables.reverse else slice(-num_heads)
             k_ALK, v_ALV, num_tiles = k_ALK[counted], v_ALV[counted], num_tiles - 1
-        updates = self._updates(num_tiles, k_ALK, v_ALV).split(len(total_H11))
+        updates = self._updates(num_tiles, k_ALK, v_ALV).split(num_heads)
         in_time = slice(None, None, -1 if self.tables.reverse else 1)
-        steps = zip_longest(states_AKV.split(len(total_H11))[in_time], updates[in_time])
-        for entering_HKV, update_HKV in steps:
-            entering_HKV.copy_(state_HKV)
+        for entered_HKV, update_HKV in zip_longest(states_AKV.split(num_heads)[in_time], updates[in_time]):
+            if self.carried_HKV is None:
+                entered_HKV.zero_()
+            else:
+                entered_HKV.copy_(self.carried_HKV)
             if update_HKV is not None:
-                # in place and tile by tile: the fp32 state and one update stay in the core's cache
-                torch.addcmul(update_HKV.to(state_HKV.dtype), state_HKV, total_H11, out=state_HKV)
-        self.carried_HKV = state_HKV
+                self._carry(update_HKV, total_H11)
         return states_AKV
+
+    def _carry(self, update_HKV: torch.Tensor, total_H11: torch.Tensor) -> None:
+        """Take one tile's update into the carried state, in the update's own memory where that is precise enough."""
+        next_HKV = update_HKV
+        if update_HKV.dtype != total_H11.dtype:
+            self._num_carried += 1
+            name = f"carried {self._num_carried % 2}"
+            next_HKV = self.workspace.lend(name, update_HKV.shape, total_H11.dtype).copy_(update_HKV)
+        if self.carried_HKV is not None:
+            next_HKV.addcmul_(self.carried_HKV, total_H11)
+        self.carried_HKV = next_HKV
 
     def _updates(self, num_tiles: int, k_ALK: torch.Tensor, v_ALV: torch.Tensor) -> torch.Tensor:
         """K^T diag(w) V of each tile, [A, K, V]; the weighted V is rounded once."""
-        leave_HL1 = self.tables.leave(k_ALK.shape[1])
-        weighted_MHLV = by_tile(v_ALV, num_tiles).to(leave_HL1.dtype) * leave_HL1
-        return torch.bmm(k_ALK.mT, weighted_MHLV.view_as(v_ALV).to(v_ALV.dtype))
+        # its memory is free again when Q S is computed
+        weighted_ALV = self.workspace.lend("inter", v_ALV.shape, v_ALV.dtype)
+        leave_HL1 = self.tables.tile(k_ALK.shape[1]).leave_HL1
+        torch.mul(by_tile(v_ALV, num_tiles), leave_HL1, out=by_tile(weighted_ALV, num_tiles))
+        # the state of the block before may lie in that block's updates
+        self._num_updates += 1
+        return product(k_ALK.mT, weighted_ALV, f"updates {self._num_updates % 2}", self.workspace)
 
     def _close_documents(
         self,
@@ -280,7 +354,7 @@ class StateWalk:
         for document, (k_HlK, v_HlV) in enumerate(parts):
             leaving_NHKV[document] = self._updates(1, k_HlK, v_HlV)
             if entering_NHKV is not None:
-                total_H11 = self.tables.total(k_HlK.shape[1])
+                total_H11 = self.tables.tile(k_HlK.shape[1]).total_H11
                 leaving_NHKV[document].addcmul_(entering_NHKV[document], total_H11)
 
 
@@ -302,11 +376,13 @@ def scan_into(
     """
     q_THK, k_THK, v_THV = operands
     tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
-    walk = StateWalk(blocks_for(q_THK, spans), tables, state_in_NHKV, state_out_NHKV)
+    workspace = Workspace(q_THK.device)
+    walk = StateWalk(blocks_for(q_THK, spans), tables, workspace, state_in_NHKV, state_out_NHKV)
     for block in walk.blocks:
-        q, k, v = load_tiles(block, q_THK, k_THK, v_THV)
-        intra = torch.bmm(decayed_scores(q, k, block, tables), v)
-        store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables)
+        q, k, v = load_tiles(block, workspace, {"q": q_THK, "k": k_THK, "v": v_THV})
+        scores = workspace.lend("scores", (*q.shape[:2], k.shape[1]), q.dtype)
+        intra = product(decayed_scores(q, k, block, tables, scores), v, "intra", workspace)
+        store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables, workspace)
 
 
 def scan_backward_into(
@@ -328,23 +404,27 @@ def scan_backward_into(
     """
     q_THK, k_THK, v_THV = operands
     grad_q, grad_k, grad_v = gradients
-    blocks = blocks_for(q_THK, spans)
+    blocks, workspace = blocks_for(q_THK, spans), Workspace(q_THK.device)
     tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
-    walk = StateWalk(blocks, tables, None if state_in_NHKV is None else state_in_NHKV.mT, None)
-    grad_scores: list[torch.Tensor] = []
+    walk = StateWalk(blocks, tables, workspace, None if state_in_NHKV is None else state_in_NHKV.mT, None)
+    kept: list[torch.Tensor] = []
     for block in walk.blocks:
-        k, v, grad = load_tiles(block, k_THK, v_THV, grad_o_THV)
-        grad_scores.append(decayed_scores(grad, v, block, tables))
-        store_sum(grad_q, torch.bmm(grad_scores[-1], k), grad, walk.step(block, v, k), block, tables)
+        k, v, grad = load_tiles(block, workspace, {"k": k_THK, "v": v_THV, "grad": grad_o_THV})
+        kept.append(decayed_scores(grad, v, block, tables, grad.new_empty(*grad.shape[:2], v.shape[1])))
+        intra_q = product(kept[-1], k, "intra", workspace)
+        store_sum(grad_q, intra_q, grad, walk.step(block, v, k), block, tables, workspace)
     against = DecayTables(slopes_H, not reverse, scale, q_THK.dtype)
-    walk = StateWalk(blocks, against, later_state(), last_state_NHKV)
+    walk = StateWalk(blocks, against, workspace, later_state(), last_state_NHKV)
     for block in walk.blocks:
-        q, k, v, grad = load_tiles(block, q_THK, k_THK, v_THV, grad_o_THV)
+        loaded = {"q": q_THK, "k": k_THK, "v": v_THV, "grad": grad_o_THV}
+        q, k, v, grad = load_tiles(block, workspace, loaded)
         states = walk.step(block, q, grad)
-        intra_k = torch.bmm(grad_scores.pop().mT, q)
-        store_sum(grad_k, intra_k, v, None if states is None else states.mT, block, against)
-        intra_v = torch.bmm(decayed_scores(k, q, block, against), grad)
-        store_sum(grad_v, intra_v, k, states, block, against)
+        intra_k = product(kept.pop().mT, q, "intra", workspace)
+        states_t = None if states is None else states.mT
+        store_sum(grad_k, intra_k, v, states_t, block, against, workspace)
+        scores = workspace.lend("scores", (*k.shape[:2], q.shape[1]), k.dtype)
+        intra_v = product(decayed_scores(k, q, block, against, scores), grad, "intra", workspace)
+        store_sum(grad_v, intra_v, k, states, block, against, workspace)
 
 
 def leaving_states(

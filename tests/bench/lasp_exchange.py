@@ -168,7 +168,7 @@ def main() -> None:
     named = importlib.import_module("tests.bench.lasp_exchange").measure
     print(f"{date.today()}, commit {commit}, {device}, {HEADS} heads x {HEAD_DIM}, n={ROUNDS}\n")
     print(
-        "| cp | tokens | LASP+ MB | heads MB | gather MB | LASP+ s | heads / LASP+ | gather / LASP+ | overlap |"
+        "| cp | tokens | LASP+ MB | heads MB | gather MB | LASP+ ms | heads / LASP+ | gather / LASP+ | overlap |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for size in sizes:
@@ -184,7 +184,7 @@ def main() -> None:
                 size,
                 length,
                 *megabytes,
-                f"{ours:.3f}",
+                f"{1e3 * ours:.1f}",
                 *(f"{x / ours:.2f}" for x in others),
                 f"{overlap:.2f}",
             ]

@@ -77,7 +77,7 @@ def test_the_size_of_blocks_changes_no_bit(reverse, monkeypatch):
     operands_THD = [torch.randn(500, 4, 16) for _ in range(4)]
     state = torch.randn(4, 4, 16, 16)
     for block_bytes in (1, 1 << 30):
-        monkeypatch.setattr(chunked, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setitem(chunked.BLOCK_BYTES, 4, block_bytes)
         q, k, v, grad_o = operands_THD
         forward = lightning_scan(q, k, v, SLOPES, state, borders, reverse)
         backward = lightning_scan_backward(
