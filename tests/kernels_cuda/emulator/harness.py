@@ -97,6 +97,68 @@ def run_or_raise(library: ctypes.CDLL, code: int) -> None:
         raise EmulatorFault(library.m1_emulator_error().decode() or f"the launcher returned {code}")
 
 
+def launch_scan(
+    library: ctypes.CDLL,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state_in: torch.Tensor | None,
+    items: torch.Tensor,
+    state_items: torch.Tensor,
+    segment_tokens: int,
+    reverse: bool,
+    scale: float,
+    num_multiprocessors: int,
+    o: torch.Tensor,
+    state_out: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+) -> None:
+    """m1_sm90::lightning_scan, as bind.cpp calls the launcher."""
+    tensors = (q, k, v, o, slopes, state_in, state_out, workspace, items, state_items)
+    strides = [stride for x in (q, k, v, o) for stride in x.stride()[:2]]
+    state_strides = (0, 0, 0, 0) if state_in is None else state_in.stride()
+    counts = (len(items), len(state_items), segment_tokens, *q.shape, v.shape[2], int(reverse))
+    call = ScanCall(
+        *map(address, tensors), *strides, *state_strides, *counts, scale, num_multiprocessors, None
+    )
+    run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
+
+
+def launch_states(
+    library: ctypes.CDLL,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state_items: torch.Tensor,
+    reverse: bool,
+    num_multiprocessors: int,
+    workspace: torch.Tensor,
+) -> None:
+    """m1_sm90::lightning_states, as bind.cpp calls the launcher."""
+    tensors = (None, k, v, None, slopes, None, None, workspace, None, state_items)
+    strides = [stride for x in (k, k, v, v) for stride in x.stride()[:2]]
+    counts = (0, len(state_items), 0, *k.shape, v.shape[2], int(reverse))
+    call = ScanCall(*map(address, tensors), *strides, 0, 0, 0, 0, *counts, 1.0, num_multiprocessors, None)
+    run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
+
+
+def launch_decode(
+    library: ctypes.CDLL,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
+    o: torch.Tensor,
+) -> None:
+    """m1_sm90::lightning_decode, as bind.cpp calls the launcher."""
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    call = DecodeCall(*map(address, (q, k, v, o, slopes, state)), *strides, *q.shape, v.shape[2], scale, None)
+    run_or_raise(library, library.m1_lightning_decode_sm90(ctypes.byref(call)))
+
+
 def emulate_scan(
     library: ctypes.CDLL,
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -116,29 +178,23 @@ def emulate_scan(
     state_shape = (num_heads, key_dim, value_dim)
     state_out = torch.full((len(borders) - 1, *state_shape), float("nan"))
     workspace = torch.full((max(plan.num_slots, 1), *state_shape), float("nan"))
-    tensors = (q, k, v, o, slopes, state_in, state_out, workspace, plan.items, plan.state_items)
-    strides = [stride for x in (q, k, v, o) for stride in x.stride()[:2]]
-    state_strides = (0, 0, 0, 0) if state_in is None else state_in.stride()
-    counts = (
-        len(plan.items),
-        len(plan.state_items),
+    launch_scan(
+        library,
+        q,
+        k,
+        v,
+        slopes,
+        state_in,
+        plan.items,
+        plan.state_items,
         plan.segment_tokens,
-        num_tokens,
-        num_heads,
-        key_dim,
-        value_dim,
-    )
-    call = ScanCall(
-        *map(address, tensors),
-        *strides,
-        *state_strides,
-        *counts,
-        int(reverse),
+        reverse,
         scale,
         FEW_MULTIPROCESSORS,
-        None,
+        o,
+        state_out,
+        workspace,
     )
-    run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
     return o, state_out
 
 
@@ -151,15 +207,9 @@ def emulate_states(
     reverse: bool,
 ) -> torch.Tensor:
     """Run the prepass alone on one emulated multiprocessor, where no span is cut: [M, H, K, V]."""
-    num_tokens, num_heads, key_dim = k.shape
-    value_dim = v.shape[2]
-    plan = plan_states(spans, num_heads, value_dim, reverse, 1)
-    workspace = torch.full((plan.num_slots, num_heads, key_dim, value_dim), float("nan"))
-    tensors = (None, k, v, None, slopes, None, None, workspace, None, plan.items)
-    strides = [stride for x in (k, k, v, v) for stride in x.stride()[:2]]
-    counts = (0, len(plan.items), 0, num_tokens, num_heads, key_dim, value_dim, int(reverse))
-    call = ScanCall(*map(address, tensors), *strides, 0, 0, 0, 0, *counts, 1.0, 1, None)
-    run_or_raise(library, library.m1_lightning_scan_sm90(ctypes.byref(call)))
+    plan = plan_states(spans, k.shape[1], v.shape[2], reverse, 1)
+    workspace = torch.full((plan.num_slots, *k.shape[1:], v.shape[2]), float("nan"))
+    launch_states(library, k, v, slopes, plan.items, reverse, 1, workspace)
     return workspace
 
 
@@ -171,9 +221,6 @@ def emulate_decode(
     scale: float,
 ) -> torch.Tensor:
     """Run the decode kernel; state is updated in place."""
-    q, k, v = operands
-    o = torch.full(v.shape, float("nan"), dtype=torch.bfloat16)
-    strides = [stride for x in operands for stride in x.stride()[:2]]
-    call = DecodeCall(*map(address, (q, k, v, o, slopes, state)), *strides, *q.shape, v.shape[2], scale, None)
-    run_or_raise(library, library.m1_lightning_decode_sm90(ctypes.byref(call)))
+    o = torch.full(operands[2].shape, float("nan"), dtype=torch.bfloat16)
+    launch_decode(library, *operands, slopes, state, scale, o)
     return o
