@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from kernels_cuda.lightning import check
-from kernels_cuda.lightning.chunked import Span, state_dtype_for
+from kernels_cuda.lightning.blocks import Span
+from kernels_cuda.lightning.chunked import state_dtype_for
 from kernels_cuda.lightning.spans import leaving_states, scan_backward_into, scan_into
 from parallel.relay import plan_relay
 from parallel.split import Fragment, Split

@@ -12,7 +12,8 @@ import torch
 
 from kernels_cuda.gradients import register_gradient
 from kernels_cuda.lightning import check, sm90
-from kernels_cuda.lightning.chunked import spans_of, state_dtype_for
+from kernels_cuda.lightning.blocks import spans_of
+from kernels_cuda.lightning.chunked import state_dtype_for
 from kernels_cuda.lightning.spans import scan_backward_into, scan_into
 
 torch.library.define(

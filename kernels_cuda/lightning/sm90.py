@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels_cuda import build
-from kernels_cuda.lightning.chunked import LaterState, Span
+from kernels_cuda.lightning.blocks import Span
+from kernels_cuda.lightning.chunked import LaterState
 from kernels_cuda.lightning.plan import ScanPlan, plan_spans, plan_states
 
 logger = logging.getLogger(__name__)

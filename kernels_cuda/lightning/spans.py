@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from kernels_cuda.lightning import chunked, sm90
-from kernels_cuda.lightning.chunked import LaterState, Span
+from kernels_cuda.lightning.blocks import Span
+from kernels_cuda.lightning.chunked import LaterState
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels_cuda.lightning.chunked import CHUNK_TOKENS, lightning_scan
+from kernels_cuda.lightning.blocks import CHUNK_TOKENS
+from kernels_cuda.lightning.chunked import lightning_scan
 from kernels_cuda.moe import experts
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.flops import (

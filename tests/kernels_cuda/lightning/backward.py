@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels_cuda.lightning.chunked import scan_backward_into, spans_of, state_dtype_for
+from kernels_cuda.lightning.blocks import spans_of
+from kernels_cuda.lightning.chunked import scan_backward_into, state_dtype_for
 
 
 def lightning_scan_backward(

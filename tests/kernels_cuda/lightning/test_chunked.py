@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from kernels_cuda.bench.measure import worst_head_error, worst_state_error
-from kernels_cuda.lightning import chunked
-from kernels_cuda.lightning.chunked import (
-    CHUNK_TOKENS,
-    lightning_scan,
-    plan_blocks,
-    spans_of,
-    state_dtype_for,
-)
+from kernels_cuda.lightning.blocks import BLOCK_BYTES, CHUNK_TOKENS, plan_blocks, spans_of
+from kernels_cuda.lightning.chunked import lightning_scan, state_dtype_for
 from kernels_cuda.lightning.reference import recurrence
 from tests.kernels_cuda.lightning.backward import lightning_scan_backward
 from tests.tolerances import BF16_OUTPUT_RMS, BF16_STATE_RMS
@@ -77,7 +71,7 @@ def test_the_size_of_blocks_changes_no_bit(reverse, monkeypatch):
     operands_THD = [torch.randn(500, 4, 16) for _ in range(4)]
     state = torch.randn(4, 4, 16, 16)
     for block_bytes in (1, 1 << 30):
-        monkeypatch.setitem(chunked.BLOCK_BYTES, 4, block_bytes)
+        monkeypatch.setitem(BLOCK_BYTES, 4, block_bytes)
         q, k, v, grad_o = operands_THD
         forward = lightning_scan(q, k, v, SLOPES, state, borders, reverse)
         backward = lightning_scan_backward(

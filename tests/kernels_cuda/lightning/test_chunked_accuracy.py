@@ -9,11 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels_cuda.lightning.chunked import (
-    CHUNK_TOKENS,
-    lightning_scan,
-    state_dtype_for,
-)
+from kernels_cuda.lightning.blocks import CHUNK_TOKENS
+from kernels_cuda.lightning.chunked import lightning_scan, state_dtype_for
 from kernels_cuda.lightning.decay import lightning_slopes
 from kernels_cuda.lightning.op import lightning_attention
 from tests.kernels_cuda.lightning.backward import lightning_scan_backward

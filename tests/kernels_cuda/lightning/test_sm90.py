@@ -17,7 +17,7 @@ import torch
 
 from kernels_cuda import build
 from kernels_cuda.bench.measure import worst_head_error, worst_state_error
-from kernels_cuda.lightning import chunked, plan, sm90
+from kernels_cuda.lightning import blocks, chunked, plan, sm90
 from kernels_cuda.lightning.op import lightning_attention, lightning_decode
 from kernels_cuda.lightning.reference import recurrence
 from kernels_cuda.lightning.spans import leaving_states
@@ -71,7 +71,7 @@ def test_constants_agree_with_the_sources():
     assert "constexpr uint32_t kChunk = kTileRows;" in kernel
     assert f"kTileRows = {plan.CHUNK_TOKENS};" in tiles
     assert f"kTileColumns = {plan.VALUE_COLUMNS};" in tiles
-    assert chunked.CHUNK_TOKENS == plan.CHUNK_TOKENS, "the chunked path mirrors the kernel's tiles"
+    assert blocks.CHUNK_TOKENS == plan.CHUNK_TOKENS, "the chunked path mirrors the kernel's tiles"
     allowed = " || ".join(f"kKeyDim == {head_dim}" for head_dim in sm90.HEAD_DIMS)
     assert f"static_assert({allowed}," in kernel
 
