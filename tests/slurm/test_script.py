@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_m1 import cli
 from megatron_m1.launch.script import BODY, Job, quote_option, render
 from megatron_m1.launch.site import Container, Site, load_site, parse_site
 from megatron_m1.launch.submit import nodes_for
@@ -141,3 +143,19 @@ def test_nodes_are_those_of_the_layout_or_those_asked_for():
     assert nodes_for(16, site, 6) == 6
     with pytest.raises(ValueError, match="6 ranks do not fill nodes of 4"):
         nodes_for(6, site, None)
+
+
+def test_a_dry_run_shows_the_script_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["launch", "slurm", "tiny", "run_dir=runs/a b", "--site", str(ROOT / "slurm" / "site.yaml")]
+    shown = CliRunner().invoke(cli.app, [*arguments, "--nodes", "3", "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "\n#SBATCH --nodes=3\n" in shown.stdout
+    assert f"\nRUN_DIR='{tmp_path}/runs/a b'\n" in shown.stdout
+    assert shown.stdout.rstrip().endswith(BODY.read_text().rstrip())
+    assert list(tmp_path.iterdir()) == []
+    # without --dry-run, and where no Slurm is, the way out is said
+    refused = CliRunner().invoke(cli.app, [*arguments, "--nodes", "3"])
+    assert "look at the script with --dry-run" in str(refused.exception)
+    assert list(tmp_path.iterdir()) == []

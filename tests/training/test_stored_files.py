@@ -30,6 +30,7 @@ data:
   held_out: [{{name: held out, kind: synthetic, task: needle}}]
   tokenizer_path: {tokenizer}
 training: {{micro_batch_size: 1, precision: fp32, evaluation_rows: 2}}
+checkpoint: {{every_steps: 1}}
 tracking: {{uri: "{uri}", experiment: long context, system_metrics: false}}
 long_context:
   {{needle_lengths: [256, 512], needle_depths: 2, needle_trials: 1, multi_needles: 2, position_rows: 2, every_steps: 2}}
@@ -58,7 +59,12 @@ def test_pictures_and_numbers_of_every_stage_are_on_the_server(server: MlflowSer
     train_byte_level_bpe(texts, 400, tokenizer)
     run_file = tmp_path / "recorded.yaml"
     run_file.write_text(RUN.format(run_dir=tmp_path / "run", tokenizer=tokenizer, uri=server.uri))
+    # killed and queued again, it is still one run of the server
+    first = lives.start(run_file)
+    lives.wait_for_step(tmp_path / "run", first, 3)
+    lives.kill(first)
     assert lives.start(run_file).wait(300) == 0
+    assert len(lives.steps_by_life(tmp_path / "run")) == 2
     client, run_id = _run_on(server, "long context")
     stored = {file.path for file in client.list_artifacts(run_id, "pictures")}
     # within the first stage and at its end; the second stage counts on
@@ -74,7 +80,8 @@ def test_pictures_and_numbers_of_every_stage_are_on_the_server(server: MlflowSer
     grid = json.loads((tmp_path / "run" / "pictures" / "multi_needles-step_00000005.json").read_text())
     assert (grid["lengths"], grid["depths"]) == ([256, 512], [0.0, 1.0])
     for name in ("needles_found_512", "multi_needles_found_256", "loss_at_longest_positions_nats"):
-        assert [point.step for point in client.get_metric_history(run_id, name)] == [2, 3, 4, 5], name
+        assert {point.step for point in client.get_metric_history(run_id, name)} == {2, 3, 4, 5}, name
+    assert {point.step for point in client.get_metric_history(run_id, "loss_nats")} == {1, 2, 3, 4, 5}
 
 
 def _run_on(server: MlflowServer, experiment: str) -> tuple[Any, str]:

@@ -14,12 +14,14 @@ import psutil
 import pytest
 import torch
 
+from data_pipeline.loader import sample_ids_hash
+from megatron_m1.training.health import refused_steps
 from megatron_m1.training.spool import read_steps
 from megatron_m1.training.step import StepResult
 from tests.faults.life import WORLD_SIZE, Life, Planted
 from tests.training.tiny_run import SMALLEST, data_in, write_run_file, write_shards
 
-STEPS, SURVEY_EVERY, SAVE_EVERY, LAST_SAVE = 8, 3, 4, 4
+STEPS, SURVEY_EVERY, SAVE_EVERY, LAST_SAVE, BAD_STEP = 8, 3, 4, 4, 2
 POOR_RANK = 2
 
 
@@ -56,7 +58,7 @@ def test_the_load_of_experts_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The last scrape of a run with one poor rank, and the run directory. A quarter of the choices has room."""
+    """The last scrape of a run with a poor rank, a bad step and room for a quarter of the choices; its directory."""
     directory = tmp_path_factory.mktemp("vitals")
     write_shards(directory)
     with socket.socket() as probe:
@@ -78,6 +80,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         rank=POOR_RANK,
         times_as_slow=20,
         free_memory_gib=0.5,
+        nan_at_step=BAD_STEP,
         survey_every_steps=SURVEY_EVERY,
         seconds_per_step=0.3,
     )
@@ -127,6 +130,18 @@ def test_the_planted_straggler_and_the_full_rank_are_named(scraped: tuple[str, P
         assert values["slowest_rank_over_median"] > 3
         assert values["num_slow_ranks"] >= 1
         assert (values["least_free_memory_rank"], values["least_free_memory_gib"]) == (POOR_RANK, 0.5)
+
+
+@pytest.mark.multiprocess
+def test_a_refused_step_is_on_record_with_the_batch_that_it_read(scraped: tuple[str, Path]) -> None:
+    (refused,) = refused_steps(scraped[1])
+    record = read_steps(scraped[1] / "metrics.jsonl")
+    assert refused["step"] == BAD_STEP
+    # the two numbers are all that is needed to read the batch again
+    batch = range(refused["first_sample"], refused["first_sample"] + refused["num_samples"])
+    assert sample_ids_hash(list(batch)) == record[BAD_STEP]["sample_ids_hash"]
+    assert [step for step, values in record.items() if values["update_refused"]] == [BAD_STEP]
+    assert values_in(scraped[0])["refused_steps"] == 1
 
 
 @pytest.mark.multiprocess
