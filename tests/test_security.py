@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from data_pipeline.clean.decontaminate import read_index
 from data_pipeline.index import TokenShard
 from megatron_m1 import cli
+from megatron_m1.config import load_run
 from megatron_m1.launch.site import Site
 from parallel import manifest, pieces, stored_tensors
 from parallel.checksum import Checksum
@@ -135,3 +136,9 @@ def test_a_secret_does_not_get_into_a_batch_script(name: str) -> None:
 
 def test_an_ordinary_variable_is_no_secret() -> None:
     assert Site(environment={"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "WARN"}).environment
+
+
+@pytest.mark.parametrize("name", ["$(touch pwned)", "`touch pwned`", 'a "run"', "it's", "../up", "-x", ""])
+def test_a_run_name_that_a_shell_or_a_path_could_read_otherwise_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^name="):
+        load_run("tiny", [f"name={json.dumps(name)}"])

@@ -4,6 +4,7 @@ body. Whether it works is shown by test_jobs.py."""
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_m1 import cli
+from megatron_m1.config import load_run
 from megatron_m1.launch.script import BODY, Job, quote_option, render
 from megatron_m1.launch.site import Container, Site, load_site, parse_site
 from megatron_m1.launch.submit import nodes_for
 from tests.house.checkout import ROOT
 
 BY_HAND = sorted((ROOT / "slurm").glob("*.sbatch"))
+GUIDE = (ROOT / "slurm" / "README.md").read_text(encoding="utf-8")
 MARK = "# ======== From here on"
 UGLY = "a \"b\" 'c' $(touch pwned) `touch pwned` 50%j & ; #x"
 
@@ -159,3 +162,23 @@ def test_a_dry_run_shows_the_script_and_leaves_nothing_behind(tmp_path, monkeypa
     refused = CliRunner().invoke(cli.app, [*arguments, "--nodes", "3"])
     assert "look at the script with --dry-run" in str(refused.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_goes_to_two_nodes_in_ten_lines(tmp_path, monkeypatch):
+    block = re.findall(r"^```bash\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)[0].splitlines()
+    assert len(block) <= 10
+    monkeypatch.chdir(tmp_path)
+    (added,) = [shlex.split(line)[1] for line in block if line.startswith("echo")]
+    site = (ROOT / "slurm" / "site.yaml").read_text() + added + "\n"
+    (tmp_path / "my-site.yaml").write_text(site)
+    (shown,) = [shlex.split(line)[1:] for line in block if line.endswith("--dry-run")]
+    script = CliRunner().invoke(cli.app, shown).stdout
+    assert "\n#SBATCH --nodes=2\n" in script and "\n#SBATCH --ntasks-per-node=2\n" in script
+    assert f"{shlex.join(['.venv/bin/m1', *shown[:-1]])}" in block
+
+
+def test_the_readmes_copies_on_nodes_are_a_legal_section(tmp_path):
+    (section,) = re.findall(r"^```yaml\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.yaml").write_text(f"preset: tiny\n{section}")
+    local = load_run(tmp_path / "run.yaml").checkpoint.local
+    assert (local.directory, local.every_steps, local.peer) == ("/scratch/m1", 50, True)
