@@ -85,7 +85,7 @@ def by_hand(name: str, **settings: str) -> str:
 def undisturbed(data: DataConfig, run_dir: Path, steps: int) -> Path:
     """The same run on this machine alone, without Slurm."""
     life = Life(endless_run(run_dir, data, steps=steps), run_dir.with_name("logs"))
-    assert life.wait() == [0] * WORLD_SIZE, life.said()
+    assert life.wait(timeout_s=400) == [0] * WORLD_SIZE, life.said()
     return run_dir
 
 
@@ -157,4 +157,4 @@ def ranks_on(cluster: Cluster, node: str) -> list[int]:
 def logs(run_dir: Path, pattern: str) -> str:
     """What was logged into files whose names match."""
     files = sorted((run_dir / "logs").glob(pattern))
-    return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+    return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-20000:]}" for file in files)
