@@ -2,7 +2,8 @@
 
 `python -m tests.bench.checkpoint_speed DIRECTORY [MEBIBYTES]` starts two ranks and prints one row for BENCHMARKS.md.
 Raw is what the file system gives one process per rank: write of one file in pieces of 16 MiB with fsync, and read
-into a buffer; both loads read what the page cache holds. Save stall is how long `save` keeps the trainer.
+into a buffer. Reads are measured from the page cache, which is memory, and cold, which is the disk: what a start of a
+run meets. Save stall is how long `save` keeps the trainer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from parallel.checkpoint import CheckpointStore
 from parallel.checkpoint_config import CheckpointConfig
 from parallel.groups import create_groups
 from parallel.layout import Layout
+from parallel.manifest import step_path
 from tests.spawn import run_ranks
 
 RANKS, REPEATS, TENSORS, PIECE_BYTES = 2, 5, 16, 16 << 20
@@ -68,6 +70,14 @@ def read_raw(path: Path, buffer: torch.Tensor) -> None:
             start += count
 
 
+def forget_cached(directory: Path) -> None:
+    """Drop the files of a directory from the page cache; they are on the disk."""
+    for path in directory.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def measure(directory: str, bytes_per_rank: int) -> dict[str, float]:
     """Median seconds of each action over the repeats, alternating so that all see the same disk."""
     root, groups = Path(directory), create_groups(Layout(dp=RANKS), torch.device("cpu"))
@@ -75,7 +85,8 @@ def measure(directory: str, bytes_per_rank: int) -> dict[str, float]:
     store = CheckpointStore(root / "now", CheckpointConfig(asynchronous=False, **options), groups)
     behind = CheckpointStore(root / "behind", CheckpointConfig(asynchronous=True, **options), groups)
     state, template = state_of(bytes_per_rank), state_of(bytes_per_rank)
-    raw = root / f"raw{dist.get_rank()}"
+    raw = root / "raw" / f"rank{dist.get_rank()}"
+    raw.parent.mkdir(exist_ok=True)
     content = torch.randint(0, 255, (bytes_per_rank,), dtype=torch.uint8)
     buffer = torch.empty_like(content)
     actions: dict[str, Callable[[int], Any]] = {
@@ -86,10 +97,14 @@ def measure(directory: str, bytes_per_rank: int) -> dict[str, float]:
         "raw read": lambda step: read_raw(raw, buffer),
         "load": lambda step: store.load(step, template),
         "load unverified": lambda step: store.load(step, template, verify=False),
+        "cold raw read": lambda step: read_raw(raw, buffer),
+        "cold load": lambda step: store.load(step, template),
     }
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for step in range(REPEATS + 1):
         for name, action in actions.items():
+            if name.startswith("cold"):
+                forget_cached(raw.parent if "raw" in name else step_path(store.directory, step))
             seconds[name].append(measured(lambda action=action, step=step: action(step)))
     # the first round warms up: it allocates buffers and checks the tensor table
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
@@ -105,16 +120,17 @@ def main() -> None:
         seconds = run_ranks(RANKS, named, str(root), mebibytes << 20)[0]
     finally:
         shutil.rmtree(root)
-    write, read = seconds["raw write"], seconds["raw read"]
+    write, read, cold = seconds["raw write"], seconds["raw read"], seconds["cold raw read"]
     cells = [
         date.today().isoformat(),
         f"{os.cpu_count()}-core {platform.machine()}, {RANKS} ranks",
         f"{RANKS} x {mebibytes} MiB in {TENSORS} tensors",
-        f"raw write+fsync {write:.2f} s; raw cached read {read:.2f} s",
+        f"raw write+fsync {write:.2f} s; raw read {read:.2f} s cached, {cold:.2f} s cold",
         f"save {seconds['save'] / write:.2f}x",
         f"save stall {seconds['save stall'] / seconds['save']:.1%} of a save",
-        f"load with hashes {seconds['load'] / read:.2f}x",
-        f"load without {seconds['load unverified'] / read:.2f}x",
+        f"cold load with hashes {seconds['cold load'] / cold:.2f}x",
+        f"cached load with hashes {seconds['load'] / read:.2f}x",
+        f"cached load without {seconds['load unverified'] / read:.2f}x",
         f"median of {REPEATS}",
     ]
     print("| " + " | ".join(cells) + " |")
