@@ -63,19 +63,19 @@ def reward_picture(run_dir: Path, path: Path, *, width: int = 5) -> tuple[float,
     return float(found["pass_rate"][0]), float(rates[-1])
 
 
-def band_picture(curves: Mapping[str, np.ndarray], steps: np.ndarray, path: Path, *, label: str) -> None:
-    """Mean over seeds with its 95 % confidence band (1.96 standard errors), a curve per name.
+def band_picture(
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray]], steps: np.ndarray, path: Path, *, label: str
+) -> None:
+    """A curve per name with its band.
 
-    curves: name -> [seeds, batches].
+    bands: name -> (mean, half width of the band), each [batches].
     """
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for (name, values), color in zip(curves.items(), ("#2f6fb0", "#c2571a", "#5b8c3e"), strict=False):
-        mean = values.mean(0)
-        error = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
-        axes.plot(steps, mean, label=f"{name} ({len(values)} seeds)", color=color, linewidth=1.8)
-        axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+    for (name, (mean, half)), color in zip(bands.items(), ("#2f6fb0", "#c2571a", "#5b8c3e"), strict=False):
+        axes.plot(steps, mean, label=name, color=color, linewidth=1.8)
+        axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     axes.set_ylim(0, 1)
     axes.set_xlabel("updates of the policy")
     axes.set_ylabel(label)
