@@ -69,9 +69,7 @@ class Remote:
         deadline = time.monotonic() + self.request_timeout_s
         # not urllib.request, which would take a proxy from the environment
         connection = kind(parts.hostname or "", parts.port, timeout=self.request_timeout_s)
-        headers = {"Content-Type": "application/json"}
-        if self.key_file is not None:
-            headers["Authorization"] = f"Bearer {Path(self.key_file).read_text(encoding='utf-8').strip()}"
+        headers = {"Content-Type": "application/json"} | self._authorization()
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, body=content, headers=headers)
@@ -81,6 +79,17 @@ class Remote:
             raise RemoteUnavailable(f"{self.url}: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
+
+    def _authorization(self) -> dict[str, str]:
+        if self.key_file is None:
+            return {}
+        try:
+            return {"Authorization": f"Bearer {Path(self.key_file).read_text(encoding='utf-8').strip()}"}
+        except (OSError, UnicodeDecodeError) as error:
+            raise RemoteRefused(
+                f"{self.url} is not asked, since key_file={self.key_file!r} cannot be read ({error}): it is a file "
+                "with the key and nothing else; correct the path"
+            ) from error
 
     def _read(
         self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float
