@@ -37,6 +37,7 @@ def of_rounds(seen: Seen, queue: Queue, config: RLConfig) -> dict[str, float | i
         "samples_carried": seen.carried,
         "prompts_in_flight": queue.in_flight,
         **seen.mismatch().metrics(),
+        **seen.engine,
         **{f"prompts_{fate}": count for fate, count in sorted(queue.fates.counts.items())},
     }
     if not seen.groups:

@@ -33,6 +33,10 @@ class OwnEngine:
         generator = Generator(self.chunks, self.groups, settings, version=version, text_of=self.text_of)
         return generator.run(requests, max_passes=max_passes)
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing: weights need no way, and no request is lost."""
+        return {}
+
 
 def drawing_of(config: RLConfig, *, window: int, end_token: int, seed: int) -> GenerationConfig:
     """How samples are drawn under a window of prompt and answer, in tokens."""

@@ -68,11 +68,19 @@ class HttpEngine:
         self._config, self._drawing, self._text_of, self._publish = config, drawing, text_of, publish
         self._version: int | None = None
         self._counts: Counter[str] = Counter()
+        self._push_s = 0.0
         self._on_first_rank(lambda: check_model(config, "rl.engine"))
 
     def counts(self) -> dict[str, int]:
         """Requests, and what went wrong with them, since the engine began; rank 0 counts."""
         return {name: self._counts[name] for name in ("requests", "unavailable", "unreadable", "failed")}
+
+    def metrics(self) -> dict[str, float]:
+        """Requests and faults since the engine began, also those that another attempt made good, and the seconds that
+        the newest weights took from the model to the server.
+        """
+        counts = {f"engine_{name}": float(count) for name, count in self.counts().items()}
+        return self._on_first_rank(lambda: counts | {"engine_weights_s": self._push_s})
 
     def generate(
         self, requests: Sequence[Request], *, window: int, version: int, max_passes: int | None
@@ -88,9 +96,11 @@ class HttpEngine:
         for request in requests:
             call.check_room(request)
         if version != self._version:
+            started = time.monotonic()
             path = self._publish(version)
             self._on_first_rank(lambda: self._push(version, path))
-            self._version = version
+            self._version, self._push_s = version, time.monotonic() - started
+            _LOG.info("engine has the weights of step %d after %.2f s", version, self._push_s)
         return self._on_first_rank(lambda: self._run(call, requests))
 
     def _run(self, call: _Call, requests: Sequence[Request]) -> list[Sample]:
@@ -113,7 +123,6 @@ class HttpEngine:
         # beside the OpenAI interface, not below it
         parts = urlsplit(self._config.url)
         root = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/v1"), "", ""))
-        started = time.monotonic()
         try:
             answer = replace(self._config.remote(), url=root).exchange(
                 "POST", "/update_weights_from_disk", {"model_path": str(path.absolute())}
@@ -125,7 +134,6 @@ class HttpEngine:
             ) from error
         if not (isinstance(answer, dict) and answer.get("success")):
             raise EngineError(f"the engine did not load the weights of step {version}: {str(answer)[:200]}")
-        _LOG.info("engine has the weights of step %d after %.2f s", version, time.monotonic() - started)
 
     def _on_first_rank(self, act: Callable[[], Any]) -> Any:
         """Rank 0 acts; its result, or its error, on every rank."""

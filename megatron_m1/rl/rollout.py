@@ -38,6 +38,9 @@ class Engine(Protocol):
     ) -> list[Sample]:
         """Samples of these requests, by the weights of step `version`; the same on every rank. Collective."""
 
+    def metrics(self) -> dict[str, float]:
+        """What the engine has to report of itself; the same on every rank. Collective."""
+
 
 LogProbsOf = Callable[[Sequence[tuple[Prompt, Sample]]], list[np.ndarray]]
 
@@ -57,6 +60,8 @@ class Seen:
     """Cut samples that had become stale and were generated anew."""
     carried: int = 0
     """Cut samples that were carried on."""
+    engine: dict[str, float] = field(default_factory=dict)
+    """What the engine reports of itself."""
 
     def mismatch(self) -> Mismatch:
         """Between the two, over all tokens."""
@@ -121,6 +126,7 @@ class Rollouts:
         if config.rollout.lag_batches:
             self._round(seen, version, used_at=version + config.updates_per_batch)
         check(seen.mismatch(), config.mismatch)
+        seen.engine = self._engine.metrics()
         return seen
 
     def learnt_from(self, groups: Sequence[Learned]) -> None:

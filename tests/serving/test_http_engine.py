@@ -105,6 +105,12 @@ def test_a_server_that_is_not_there_or_has_another_model_is_an_error():
         pytest.raises(EngineError, match=r"no model 'served': it serves \['judge'\]"),
     ):
         engine_at(server.url)
+    with (
+        JudgeServer() as server,
+        pytest.raises(EngineError, match=r"is not asked, since key_file='/nowhere' cannot be read"),
+    ):
+        engine_at(server.url, model="judge", key_file="/nowhere")
+    assert not server.seen
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,7 @@ def test_faults_are_tried_again_counted_and_end_the_call(fault, counts, sentence
         with pytest.raises(EngineError, match=f"1 of 1 samples failed.*{sentence}"):
             engine.generate(generate_ranks.requests(1)[:1], window=WINDOW, version=0, max_passes=None)
         assert engine.counts() == counts
+        assert engine.metrics()["engine_requests"] == counts["requests"]
 
 
 @pytest.mark.parametrize(
