@@ -56,7 +56,7 @@ class Rating:
     """Which prompts are rated, how, and where the result goes.
 
     Raises:
-        ValueError: a reward that does not verify.
+        ValueError: a reward that does not verify, or prompts that would be written over.
     """
 
     prompts: Path
@@ -72,6 +72,11 @@ class Rating:
             raise ValueError(
                 f"--reward {self.reward!r} gives no pass rate: allowed are {', '.join(VERIFYING)}, which verify; "
                 "choose the one that fits the answers of the file"
+            )
+        if self.out.absolute() == self.prompts.absolute():
+            raise ValueError(
+                f"--out {self.out} is the file of prompts itself, which stays as it is: name another file for those "
+                "that are kept"
             )
 
     @property

@@ -186,6 +186,11 @@ def test_what_cannot_be_rated_is_refused_with_a_sentence(prompts, tmp_path, opti
         assert not server.seen["POST /v1/completions"]
 
 
+def test_the_prompts_are_not_written_over(prompts) -> None:
+    with pytest.raises(ValueError, match="is the file of prompts itself"):
+        raise invoke(prompts[0], "--by", "tiny", "--out", prompts[0], *OPTIONS).exception
+
+
 def test_files_without_prompts_and_runs_without_weights_are_refused(run, tmp_path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
