@@ -78,6 +78,13 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, message: s
         list(read_questions(PromptSource(name="sums", path=str(path), reward="math")))
 
 
+def test_a_line_ends_at_its_newline_and_not_at_a_separator_within_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two\u0085three", "answer": "1"}\n\n', encoding="utf-8")
+    (question,) = read_questions(PromptSource(name="sums", path=str(path), reward="math"))
+    assert question.text == "one\u2028two\u0085three"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,6 +6,9 @@ Two ranks, another layout in every stage, texts made by rule, a tokenizer of its
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data_pipeline.synthetic import make_problem
 from data_pipeline.tokenize import train_byte_level_bpe
@@ -13,6 +16,8 @@ from data_pipeline.tokenize import train_byte_level_bpe
 VOCAB = 384
 RL_FIRST = 8
 """Steps of the four stages before the last."""
+SHORT_FIRST = 2
+"""Those of the first alone."""
 
 _RUN = """\
 name: tiny-rl
@@ -80,4 +85,25 @@ def write_run_file(run_dir: Path, tokenizer: Path, *, rl_steps: int = 4) -> Path
     path = run_dir.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_RUN.format(run_dir=run_dir, vocab=VOCAB, tokenizer=tokenizer, rl_steps=rl_steps))
+    return path
+
+
+def write_short_file(
+    run_dir: Path, layout: dict[str, int], rl_steps: int, rl: dict[str, Any], tracking: dict[str, Any]
+) -> Path:
+    """A run of the first and the last stage alone, `SHORT_FIRST` steps before reinforcement learning, in one layout.
+
+    Args:
+        run_dir: the tokenizer lies beside it.
+        layout: of both stages.
+        rl_steps: of the last.
+        rl: laid over the section.
+        tracking: the section.
+    """
+    path = write_run_file(run_dir, run_dir.with_name("tokenizer.json"), rl_steps=rl_steps)
+    values = yaml.safe_load(path.read_text())
+    first, *_, last = values["stages"]
+    values["stages"] = [stage | {"layout": layout, "model": {}} for stage in (first, last)]
+    values |= {"rl": values["rl"] | rl, "tracking": tracking}
+    path.write_text(yaml.safe_dump(values))
     return path
