@@ -51,7 +51,7 @@ def ls(place: Place) -> None:
 
 def _show_copies(run_dir: Path) -> None:
     """The copies on nodes' disks that this machine sees, one line per node and step."""
-    from parallel.local_copies import shards_seen
+    from parallel.local_shard import shards_seen
 
     run_file = run_dir / "run.yaml"
     section = (yaml.safe_load(run_file.read_text()) if run_file.is_file() else {}).get("checkpoint", {})

@@ -11,7 +11,6 @@ extension (local checkpointing, replication); the exchange is a ring over the no
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import shutil
@@ -31,8 +30,8 @@ from parallel.background import BackgroundCall
 from parallel.checkpoint_config import LocalConfig
 from parallel.groups import Groups
 from parallel.launch import node_name
-from parallel.local_shard import Shard, read_shard, shard_of, write_shard
-from parallel.manifest import CheckpointError, Entry
+from parallel.local_shard import Shard, directory_of, read_shard, shard_of, write_shard
+from parallel.manifest import CheckpointError
 from parallel.parcels import Parcel, exchange
 
 _LOG = logging.getLogger(__name__)
@@ -48,21 +47,6 @@ class Save:
     """Token of the life of the run that made it: two lives may have saved the same step."""
 
 
-def directory_of(directory: Path, node: str, run_dir: Path) -> Path:
-    """Where a node keeps the copies of a run, below `directory`; there is a directory per timeline in it."""
-    absolute = run_dir.resolve()
-    return directory / node / f"{absolute.name}-{hashlib.sha256(str(absolute).encode()).hexdigest()[:8]}"
-
-
-def shards_seen(directory: Path, run_dir: Path) -> Iterator[tuple[str, str, Entry]]:
-    """Node, rank's directory and shard of all copies of a run that this machine sees; its timeline's only. Local."""
-    timeline = disk.timeline(run_dir / "checkpoints")
-    for node in sorted(path.name for path in directory.iterdir()) if directory.is_dir() else ():
-        for root in sorted((directory_of(directory, node, run_dir) / timeline).glob("rank_*")):
-            for entry in disk.list_checkpoints(root):
-                yield node, root.name, entry
-
-
 class LocalCopies:
     """The copies of one run, seen from one rank. A method that is not marked local is collective over all ranks."""
 
@@ -70,7 +54,7 @@ class LocalCopies:
         """Open this node's directory and delete what dead saves, and timelines that were given up, left in it.
 
         Raises:
-            CheckpointError: it cannot be written on some node.
+            CheckpointError: it cannot be made on any node.
         """
         self._config, self._groups, self._asynchronous = config, groups, asynchronous
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -85,7 +69,7 @@ class LocalCopies:
         """Of this node, for this run."""
         self._peers = self._pair() if config.peer else {}
         self._call: BackgroundCall | None = None
-        self._agreement.everywhere(self._clean)
+        self._open()
 
     @property
     def _is_first_on_node(self) -> bool:
@@ -105,14 +89,29 @@ class LocalCopies:
             peers |= {rank: there[place % len(there)] for place, rank in enumerate(self._ranks_on(name))}
         return peers
 
-    def _clean(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if self._is_first_on_node:
-            for other in self.directory.parent.iterdir():
-                if other != self.directory:
-                    shutil.rmtree(other, ignore_errors=True)
-            for root in self.directory.iterdir():
-                disk.clean(root)
+    def _open(self) -> None:
+        """Make this node's directory; one broken disk among others costs copies only."""
+        problem = ""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._is_first_on_node:
+                for other in self.directory.parent.iterdir():
+                    if other != self.directory:
+                        shutil.rmtree(other, ignore_errors=True)
+                for root in self._roots():
+                    disk.clean(root)
+        except OSError as error:
+            problem = self._text_of(error)
+        problems: list[Any] = [None] * self._world_size
+        dist.all_gather_object(problems, problem)
+        if all(problems):
+            raise CheckpointError(problems[0])
+        if problem and self._is_first_on_node:
+            _LOG.warning("no node-local copies here: %s", problem)
+
+    def _roots(self) -> list[Path]:
+        """A directory per rank of which this node keeps copies."""
+        return sorted(self.directory.iterdir()) if self.directory.is_dir() else []
 
     def _root(self, rank: int) -> Path:
         return self.directory / _RANK_NAME.format(rank)
@@ -192,7 +191,7 @@ class LocalCopies:
     def _agreed_shards(self) -> Iterator[tuple[int, str, int]]:
         """Step, life and rank of the shards on this node that this layout can use. Local."""
         layout = asdict(self._groups.layout)
-        for root in sorted(self.directory.iterdir()):
+        for root in self._roots():
             for entry in disk.list_checkpoints(root):
                 if not entry.complete:
                     _LOG.warning("not resumed from, node-local copy: %s", entry.problem)
@@ -276,7 +275,7 @@ class LocalCopies:
         here = set(self._ranks_on(self._node))
         ours = here | {rank for rank, peer in self._peers.items() if peer in here}
         names = {self._root(rank).name for rank in ours}
-        for root in self.directory.iterdir():
+        for root in self._roots():
             if root.name not in names:
                 shutil.rmtree(root, ignore_errors=True)
                 continue

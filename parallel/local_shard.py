@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from parallel import manifest as disk
 from parallel import pieces, stored_tensors
 from parallel.checksum import Checksum
-from parallel.manifest import FileRecord, Manifest
+from parallel.manifest import Entry, FileRecord, Manifest
 
 _STATE_NAME = "state.bin"
 _MOST_THREADS = 8
@@ -46,6 +47,21 @@ class Shard:
     def header(self) -> dict[str, Any]:
         """Everything but the payload, as JSON has it."""
         return {"step": self.step, "layout": self.layout, "extra": self.extra, "rows": self.rows}
+
+
+def directory_of(directory: Path, node: str, run_dir: Path) -> Path:
+    """Where a node keeps the copies of a run, below `directory`; there is a directory per timeline in it."""
+    absolute = run_dir.resolve()
+    return directory / node / f"{absolute.name}-{hashlib.sha256(str(absolute).encode()).hexdigest()[:8]}"
+
+
+def shards_seen(directory: Path, run_dir: Path) -> Iterator[tuple[str, str, Entry]]:
+    """Node, rank's directory and shard of all copies of a run that this machine sees; its timeline's only. Local."""
+    timeline = disk.timeline(run_dir / "checkpoints")
+    for node in sorted(path.name for path in directory.iterdir()) if directory.is_dir() else ():
+        for root in sorted((directory_of(directory, node, run_dir) / timeline).glob("rank_*")):
+            for entry in disk.list_checkpoints(root):
+                yield node, root.name, entry
 
 
 def shard_of(step: int, state: ShardedStateDict, layout: dict[str, Any], extra: dict[str, Any]) -> Shard:

@@ -18,7 +18,8 @@ from parallel import manifest, parcels
 from parallel.checkpoint_config import LocalConfig
 from parallel.groups import Groups, destroy_groups
 from parallel.layout import Layout
-from parallel.local_copies import LocalCopies, directory_of
+from parallel.local_copies import LocalCopies
+from parallel.local_shard import directory_of
 from parallel.manifest import step_path
 from tests.parallel.checkpoint_ranks import Trainer, start, whole_state
 
@@ -213,11 +214,13 @@ def small_cases(directory: str) -> dict[str, Any]:
     found["partial"] = [path.name for path in Path(f"{directory}/local").glob("*/*/*/*/*.partial-*")]
     full.save(8, trainer.state(), {})
     found["after a full disk"] = heard.texts
+    logging.getLogger("parallel.local_copies").removeHandler(heard)
     found["newest"] = open_copies(f"{directory}/local", groups, run_dir).bring(0)
 
     on_first_rank(lambda: manifest.end_timeline(Path(run_dir) / "checkpoints"))
     found["on another way"] = open_copies(f"{directory}/local", groups, run_dir).bring(0)
     found["left of the way before"] = len(_shards(f"{directory}/local"))
+    found |= _broken_disks(directory, run_dir, trainer)
     alone = open_copies(f"{directory}/alone", groups, run_dir, peer=False)
     alone.save(1, trainer.state(), {})
     dist.barrier()
@@ -231,3 +234,23 @@ def small_cases(directory: str) -> dict[str, Any]:
     dist.all_gather_object(by_rank, found["after a full disk"])
     destroy_groups()
     return found | {"after a full disk": by_rank}
+
+
+def _broken_disks(directory: str, run_dir: str, trainer: Trainer) -> dict[str, Any]:
+    """A file where node n1's directory should be; then one where everybody's should be."""
+    place, heard, refused = Path(f"{directory}/broken"), Heard(), ""
+    on_first_rank(lambda: (place.mkdir(), (place / "n1").touch()))
+    copies = open_copies(str(place), trainer.groups, run_dir)
+    copies.save(1, trainer.state(), {})
+    copies.save(2, trainer.state(), {})
+    dist.barrier()
+    found = {"on n0 alone": sorted(path.parent.name for path in _shards(str(place)))}
+    found["with one broken disk"] = copies.bring(0)
+    try:
+        open_copies(str(place / "n1"), trainer.groups, run_dir)
+    except manifest.CheckpointError as error:
+        refused = str(error)
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, [text.partition(":")[0] for text in heard.texts])
+    logging.getLogger("parallel.local_copies").removeHandler(heard)
+    return found | {"told of broken disks": by_rank, "refused": refused}

@@ -117,6 +117,21 @@ def test_a_full_disk_costs_a_copy_and_a_warning(small: dict[str, Any]) -> None:
     assert small["newest"] == 8
 
 
+def test_one_broken_disk_costs_its_copies_and_a_warning(small: dict[str, Any]) -> None:
+    assert small["on n0 alone"] == sorted(f"rank_0000{rank}" for rank in range(4) for _ in (1, 2))
+    # its ranks have nowhere to put what the other node has
+    assert small["with one broken disk"] is None
+    first, second, third, fourth = small["told of broken disks"]
+    assert third == ["no node-local copies here", "no node-local copy on n1"]
+    assert (second, fourth) == ([], ["no node-local copy on n1"])
+    assert first[-1] == "node-local copies of step 1 are not used"
+
+
+def test_a_directory_that_no_node_can_have_is_refused(small: dict[str, Any]) -> None:
+    assert "cannot be used on n0 by rank 0" in small["refused"]
+    assert "every node needs a directory there" in small["refused"]
+
+
 def test_without_a_peer_a_node_keeps_its_own(small: dict[str, Any]) -> None:
     places = [Path(path).parts for path in small["without a peer"]]
     assert sorted((node, rank) for node, _, _, rank, _ in places) == [
