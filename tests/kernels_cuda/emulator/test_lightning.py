@@ -79,12 +79,13 @@ def test_scan_matches_the_recurrence_on_ragged_documents(library, key_dim, value
     assert_matches(got, exact)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 257])
-def test_scan_matches_the_recurrence_at_lengths_around_a_chunk(library, num_tokens):
+def test_scan_matches_the_recurrence_at_lengths_around_a_chunk(library, num_tokens, reverse):
     torch.manual_seed(num_tokens)
     q, k, v = interleaved_qkv(num_tokens, 64, 64)
-    exact = recurrence(q.double(), k.double(), v.double(), SLOPES)
-    assert_matches(emulate_scan(library, (q, k, v), SLOPES, None, (0, num_tokens)), exact)
+    exact = recurrence(q.double(), k.double(), v.double(), SLOPES, reverse=reverse)
+    assert_matches(emulate_scan(library, (q, k, v), SLOPES, None, (0, num_tokens), reverse), exact)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -117,12 +118,12 @@ def test_a_prepass_alone_gives_the_states_of_ragged_spans(library, key_dim, valu
         assert worst_state_error(state[None], exact) <= BF16_STATE_RMS, (start, stop)
 
 
-def test_gradients_of_the_four_calls_match_fp64_autograd(library):
+@pytest.mark.parametrize("borders", [(0, 65, 200), (0, 1, 65, 128, 385)])
+def test_gradients_of_the_four_calls_match_fp64_autograd(library, borders):
     torch.manual_seed(2)
-    borders = (0, 65, 200)
-    q, k, v = interleaved_qkv(200, 64, 64)
-    state, grad_state = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
-    grad_o = torch.randn(200, 3, 64).bfloat16()
+    q, k, v = interleaved_qkv(borders[-1], 64, 64)
+    state, grad_state = torch.randn(2, len(borders) - 1, 3, 64, 64)
+    grad_o = torch.randn(borders[-1], 3, 64).bfloat16()
     leaves = [x.double().requires_grad_() for x in (q, k, v, state)]
     o, state_out = recurrence(*leaves[:3], SLOPES, leaves[3], torch.tensor(borders))
     exact = torch.autograd.grad([o, state_out], leaves, [grad_o.double(), grad_state.double()])

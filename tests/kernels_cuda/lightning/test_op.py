@@ -108,6 +108,16 @@ def changed(**replaced) -> dict:
 REFUSED = {
     "q has dtype torch.int32": lambda: changed(q=torch.ones(23, 2, 3, dtype=torch.int32)),
     "k is torch.float64 on cpu but q is torch.float32": lambda: changed(k=torch.ones(23, 2, 3).double()),
+    "k is torch.float32 on meta but q is torch.float32 on cpu": lambda: changed(
+        k=torch.ones(23, 2, 3).to("meta")
+    ),
+    "slopes is on meta but q is on cpu": lambda: changed(slopes=SLOPES.to("meta")),
+    "state_in is torch.float32 .* on meta: .* on cpu is allowed": lambda: changed(
+        state_in=torch.ones(4, 2, 3, 4).to("meta")
+    ),
+    "q has shape .23, 0, 3. .* at least one head": lambda: changed(
+        **dict.fromkeys(("q", "k"), torch.ones(23, 0, 3)), v=torch.ones(23, 0, 4)
+    ),
     "k has shape .22, 2, 3. but q has .23, 2, 3.": lambda: changed(k=torch.ones(22, 2, 3)),
     "k has head dim 5 but q has 3": lambda: changed(k=torch.ones(23, 2, 5)),
     "v has strides .* contiguous last dim": lambda: changed(v=torch.ones(23, 4, 2).transpose(1, 2)),
