@@ -126,17 +126,12 @@ def by_tile(x_A: torch.Tensor, num_tiles: int) -> torch.Tensor:
     return x_A if num_tiles == 1 else x_A.view(num_tiles, -1, *x_A.shape[1:])
 
 
-def load_tiles(
-    block: Block, workspace: Workspace, operands_THD: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """The block's part of each operand, [A, L, D], copied: far faster to multiply than rows a token apart."""
-    tiles = []
-    for name, x_THD in operands_THD.items():
-        _, num_heads, dim = x_THD.shape
-        x_ALD = workspace.lend(name, (block.num_tiles * num_heads, block.tile_tokens, dim), x_THD.dtype)
-        by_tile(x_ALD, block.num_tiles).copy_(tiles_of(x_THD, block))
-        tiles.append(x_ALD)
-    return tiles
+def load(block: Block, x_THD: torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
+    """The block's part of an operand, [A, L, D], copied: far faster to multiply than rows a token apart."""
+    _, num_heads, dim = x_THD.shape
+    x_ALD = workspace.lend(name, (block.num_tiles * num_heads, block.tile_tokens, dim), x_THD.dtype)
+    by_tile(x_ALD, block.num_tiles).copy_(tiles_of(x_THD, block))
+    return x_ALD
 
 
 def product(a_AIJ: torch.Tensor, b_AJK: torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
@@ -301,7 +296,7 @@ def scan_into(
     workspace = Workspace(q_THK.device)
     walk = StateWalk(blocks_for(q_THK, spans), tables, workspace, state_in_NHKV, state_out_NHKV)
     for block in walk.blocks:
-        q, k, v = load_tiles(block, workspace, {"q": q_THK, "k": k_THK, "v": v_THV})
+        q, k, v = (load(block, x, name, workspace) for x, name in ((q_THK, "q"), (k_THK, "k"), (v_THV, "v")))
         scores = workspace.lend("scores", (*q.shape[:2], k.shape[1]), q.dtype)
         intra = product(decayed_scores(q, k, block, tables, scores), v, "intra", workspace)
         store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables, workspace)
@@ -331,19 +326,22 @@ def scan_backward_into(
     walk = StateWalk(blocks, tables, workspace, None if state_in_NHKV is None else state_in_NHKV.mT, None)
     kept: list[torch.Tensor] = []
     for block in walk.blocks:
-        k, v, grad = load_tiles(block, workspace, {"k": k_THK, "v": v_THV, "grad": grad_o_THV})
+        k, v = load(block, k_THK, "k", workspace), load(block, v_THV, "v", workspace)
+        grad = load(block, grad_o_THV, "grad", workspace)
         kept.append(decayed_scores(grad, v, block, tables, grad.new_empty(*grad.shape[:2], v.shape[1])))
         intra_q = product(kept[-1], k, "intra", workspace)
         store_sum(grad_q, intra_q, grad, walk.step(block, v, k), block, tables, workspace)
     against = DecayTables(slopes_H, not reverse, scale, q_THK.dtype)
     walk = StateWalk(blocks, against, workspace, later_state(), last_state_NHKV)
     for block in walk.blocks:
-        loaded = {"q": q_THK, "k": k_THK, "v": v_THV, "grad": grad_o_THV}
-        q, k, v, grad = load_tiles(block, workspace, loaded)
+        q, grad = load(block, q_THK, "q", workspace), load(block, grad_o_THV, "grad", workspace)
         states = walk.step(block, q, grad)
         intra_k = product(kept.pop().mT, q, "intra", workspace)
         states_t = None if states is None else states.mT
+        # v and k one after the other in the same memory
+        v = load(block, v_THV, "v", workspace)
         store_sum(grad_k, intra_k, v, states_t, block, against, workspace)
+        k = load(block, k_THK, "v", workspace)
         scores = workspace.lend("scores", (*k.shape[:2], q.shape[1]), k.dtype)
         intra_v = product(decayed_scores(k, q, block, against, scores), grad, "intra", workspace)
         store_sum(grad_v, intra_v, k, states, block, against, workspace)
