@@ -14,7 +14,7 @@ import torch
 CHUNK_TOKENS = 64
 """Tokens of a full tile, as in the kernel. Longer tiles cost more products, shorter ones more passes over the state."""
 
-BLOCK_BYTES = {2: 1024 * 1024, 4: 256 * 1024, 8: 256 * 1024}
+BLOCK_BYTES = {2: 512 * 1024, 4: 256 * 1024, 8: 256 * 1024}
 """What one operand of a block may take, by the bytes of an element. All of a block should stay in a core's cache; but
 16-bit products take so little time that calls count, and there are fewer of them in larger blocks."""
 
