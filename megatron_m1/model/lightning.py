@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 
 from kernels_cuda.lightning.decay import lightning_slopes
-from kernels_cuda.lightning.op import lightning_attention
+from kernels_cuda.lightning.projection import lightning_of_projection
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.extend import extend_lightning
 from megatron_m1.model.norm import AllHeadsRMSNorm
@@ -68,21 +68,22 @@ class LightningAttention(MegatronModule):
         qkvg, _ = self.linear_qkvg(x_SBD)
         tokens = qkvg.shape[0]
         qkvg_ThcK = qkvg.view(tokens, self.heads, 4, self.head_dim)
-        q, k, v = torch.nn.functional.silu(qkvg_ThcK[:, :, :3]).unbind(2)
-        self.slopes_h = self.slopes_h.to(q.device)
-        o_ThK = self._attend(q, k, v, packed)
+        qkv_Th3K = torch.nn.functional.silu(qkvg_ThcK[:, :, :3])
+        self.slopes_h = self.slopes_h.to(qkv_Th3K.device)
+        o_ThK = self._attend(qkv_Th3K, packed)
         y = self.norm(o_ThK.reshape(tokens, -1))
         gate = torch.sigmoid(qkvg_ThcK[:, :, 3]).reshape(tokens, -1)
         out, _ = self.linear_out((gate * y).view(tokens, 1, -1))
         return out
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed) -> torch.Tensor:
+    def _attend(self, qkv_Th3K: torch.Tensor, packed: Packed) -> torch.Tensor:
         """The recurrence of this rank's heads over whole documents, wherever their tokens are."""
-        slopes, cu_seqlens, extension = self.slopes_h, packed.cu_seqlens, packed.extension
+        slopes, extension = self.slopes_h, packed.extension
+        if packed.split.num_ranks == 1 and extension is None:
+            return lightning_of_projection(qkv_Th3K, slopes, packed.cu_seqlens)
+        q, k, v = qkv_Th3K.unbind(2)
         if packed.split.num_ranks == 1:
-            if extension is not None:
-                return extend_lightning(q, k, v, slopes, self.layer_index, packed)
-            return lightning_attention(q, k, v, slopes, cu_seqlens=cu_seqlens, output_state=False)[0]
+            return extend_lightning(q, k, v, slopes, self.layer_index, packed)
         share = ContextShare(split=packed.split, exchange=self.exchange, horizon_tokens=self.horizon_tokens)
         if extension is not None:
             return prefill_lightning(q, k, v, slopes, self.layer_index, packed, share, self.cp_group)

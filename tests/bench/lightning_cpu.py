@@ -2,8 +2,7 @@
 
     python tests/bench/lightning_cpu.py [rounds, default 9]
 
-8 heads of 128, 4,096 tokens, one thread, q, k, v as strided views of one projection. Our backward is also timed alone,
-to three gradients; otherwise all put them together into that of the projection. Peers, in the same process and in
+8 heads of 128, 4,096 tokens, one thread, q, k, v as strided views of one projection. Peers, in the same process and in
 turns: `naive_chunk_simple_gla` of fla-core 0.5.2 where it is installed (`pip install --no-deps fla-core==0.5.2`; it
 computes in fp32 whatever it is given, and its file is loaded alone, as the package imports Triton), and the loop of
 transformers' MiniMaxLightningAttention with its projections, activation and norm replaced by nothing. Printed: rows of
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from kernels_cuda.bench.measure import worst_head_error  # noqa: E402
 from kernels_cuda.lightning.chunked import lightning_scan  # noqa: E402
 from kernels_cuda.lightning.decay import lightning_slopes  # noqa: E402
-from kernels_cuda.lightning.op import lightning_attention  # noqa: E402
+from kernels_cuda.lightning.projection import lightning_of_projection  # noqa: E402
 
 TOKENS, HEADS, HEAD_DIM, LAYER, LAYERS = 4096, 8, 128, 3, 8
 SLOPES_H = lightning_slopes(HEADS, LAYER, LAYERS)
@@ -40,7 +39,7 @@ Attention = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(qkv: torch.Tensor) -> torch.Tensor:
-    return lightning_attention(*qkv.unbind(2), SLOPES_H, output_state=False)[0]
+    return lightning_of_projection(qkv, SLOPES_H)
 
 
 def load_fla() -> Attention | None:
@@ -101,18 +100,6 @@ def timed(attention: Attention, qkv: torch.Tensor, grad_o: torch.Tensor) -> tupl
     return middle - start, time.process_time() - restart
 
 
-def timed_alone(qkv: torch.Tensor, grad_o: torch.Tensor) -> tuple[float, float]:
-    """Seconds of our forward and of our backward without putting three gradients together."""
-    leaves = [x.detach().requires_grad_() for x in qkv.unbind(2)]
-    start = time.process_time()
-    o = lightning_attention(*leaves, SLOPES_H, output_state=False)[0]
-    middle = time.process_time()
-    grad_o = grad_o.to(o.dtype)
-    restart = time.process_time()
-    torch.autograd.grad(o, leaves, grad_o)
-    return middle - start, time.process_time() - restart
-
-
 def measure(dtype: torch.dtype, rounds: int) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """Median (forward, backward) seconds and error of each implementation, in turns after two warm-ups."""
     torch.manual_seed(0)
@@ -122,11 +109,10 @@ def measure(dtype: torch.dtype, rounds: int) -> tuple[dict[str, tuple[float, flo
     calls = {name: call for name, call in peers.items() if call is not None}
     exact, _ = lightning_scan(*qkv.double().unbind(2), SLOPES_H, None, (0, TOKENS), output_state=False)
     errors = {name: worst_head_error(call(qkv), exact) for name, call in calls.items()}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in (*calls, "alone")}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
-        taken = {name: timed(call, qkv, grad_o) for name, call in calls.items()}
-        taken["alone"] = timed_alone(qkv, grad_o)
-        for name, sample in taken.items():
+        for name, call in calls.items():
+            sample = timed(call, qkv, grad_o)
             if turn >= 2:
                 samples[name].append(sample)
     medians = {
@@ -142,23 +128,19 @@ def main(rounds: int) -> None:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     print(f"{date.today()}, commit {commit}, torch {torch.__version__}, medians of {rounds}")
-    print(
-        "| dtype | forward | backward | backward / forward | alone | error | fla / ours | transformers / ours |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| dtype | forward | backward | backward / forward | error | fla / ours | transformers / ours |")
+    print("|---|---|---|---|---|---|---|")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         medians, errors = measure(dtype, rounds)
         (forward, backward), both = medians["ours"], sum(medians["ours"])
-        alone = medians["alone"][1] / medians["alone"][0]
         ratios = {"fla": "fla-core is not installed"} | {
             peer: f"{medians[peer][0] / forward:.1f} fwd, {sum(medians[peer]) / both:.1f} both, "
             f"error {errors[peer]:.0e}"
-            for peer in errors
+            for peer in medians
         }
         print(
             f"| {name} | {TOKENS / forward / 1e3:.0f}k tokens/s | {TOKENS / backward / 1e3:.0f}k tokens/s "
-            f"| {backward / forward:.2f} | {alone:.2f} "
-            f"| {errors['ours']:.0e} | {ratios['fla']} | {ratios['transformers']} |"
+            f"| {backward / forward:.2f} | {errors['ours']:.0e} | {ratios['fla']} | {ratios['transformers']} |"
         )
 
 

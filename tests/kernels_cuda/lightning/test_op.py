@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels_cuda.lightning.op import lightning_attention, lightning_decode
+from kernels_cuda.lightning.projection import lightning_of_projection
 from kernels_cuda.lightning.reference import recurrence
 
 SLOPES = torch.tensor([0.3, 2.0])
@@ -81,6 +82,26 @@ def test_schema_fake_kernels_and_autograd_registration_agree():
     torch.library.opcheck(torch.ops.m1.lightning_attention, (q, k, v, SLOPES, state_in.detach(), BORDERS))
     state = torch.randn(23, 2, 3, 4)
     torch.library.opcheck(torch.ops.m1.lightning_decode, (q.detach(), k.detach(), v.detach(), SLOPES, state))
+
+
+def test_the_gradient_of_a_projection_is_the_three_gradients_in_their_places():
+    torch.manual_seed(4)
+    qkv = torch.randn(150, 2, 3, 8, requires_grad=True)
+    borders, weight = torch.tensor([0, 5, 5, 150], dtype=torch.int32), torch.randn(150, 2, 8)
+    results = []
+    for attention in (
+        lambda x: lightning_of_projection(x, SLOPES, borders),
+        lambda x: lightning_attention(*x.unbind(2), SLOPES, None, borders, output_state=False)[0],
+    ):
+        o = attention(qkv)
+        # a sum hands back an expanded gradient
+        results.append((o, *torch.autograd.grad([(o * weight).sum() + o.sum()], [qkv])))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    arguments = (weight, qkv.detach(), SLOPES, borders)
+    torch.library.opcheck(torch.ops.m1.lightning_projection_backward, arguments)
+    with pytest.raises(ValueError, match=r"qkv has shape \(150, 3, 2, 8\): \[T, H, 3, head_dim\] is allowed"):
+        lightning_of_projection(qkv.transpose(1, 2), SLOPES, borders)
 
 
 def test_meta_tensors_give_shapes_and_compile_keeps_the_gradient():

@@ -19,6 +19,7 @@ from kernels_cuda import build
 from kernels_cuda.bench.measure import worst_head_error, worst_state_error
 from kernels_cuda.lightning import blocks, chunked, plan, sm90
 from kernels_cuda.lightning.op import lightning_attention, lightning_decode
+from kernels_cuda.lightning.projection import lightning_of_projection
 from kernels_cuda.lightning.reference import recurrence
 from kernels_cuda.lightning.spans import leaving_states
 from tests.kernels_cuda.emulator import harness
@@ -150,6 +151,17 @@ def test_outputs_states_and_gradients_on_the_kernels_match_fp64(
     assert max(errors) <= BF16_OUTPUT_RMS, errors
     errors = [worst_state_error(x.detach(), y.detach()) for x, y in zip(got[1], exact[1], strict=True)]
     assert max(errors) <= BF16_STATE_RMS, errors
+
+
+def test_a_projections_gradient_is_written_in_its_place_by_the_kernels(on_kernels):
+    torch.manual_seed(3)
+    qkv = torch.nn.functional.silu(torch.randn(150, 2, 3, 64)).bfloat16().requires_grad_()
+    grad_o, slopes = torch.randn(150, 2, 64).bfloat16(), torch.tensor([0.05, 0.9])
+    borders = torch.tensor([0, 5, 150], dtype=torch.int32)
+    whole = lightning_of_projection(qkv, slopes, borders)
+    parts = lightning_attention(*qkv.unbind(2), slopes, None, borders, output_state=False)[0]
+    gradients = [torch.autograd.grad(o, qkv, grad_o)[0] for o in (whole, parts)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
