@@ -160,8 +160,10 @@ def test_a_projections_gradient_is_written_in_its_place_by_the_kernels(on_kernel
     borders = torch.tensor([0, 5, 150], dtype=torch.int32)
     whole = lightning_of_projection(qkv, slopes, borders)
     parts = lightning_attention(*qkv.unbind(2), slopes, None, borders, output_state=False)[0]
-    gradients = [torch.autograd.grad(o, qkv, grad_o)[0] for o in (whole, parts)]
-    assert torch.equal(*gradients)
+    # also one that autograd expands from a single number, whose rows the kernels could not read
+    for cotangent in (grad_o, torch.ones((), dtype=torch.bfloat16).expand_as(grad_o)):
+        gradients = [torch.autograd.grad(o, qkv, cotangent, retain_graph=True)[0] for o in (whole, parts)]
+        assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
