@@ -1,14 +1,17 @@
 """The kernel library: it builds where nvcc is, loads in a torch without CUDA, and its machine code is what we want."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from kernels_cuda import build
+from tests.house.checkout import files
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_nvcc = pytest.mark.skipif(
@@ -118,6 +121,32 @@ def test_the_library_uses_only_the_stable_c_functions_of_torch(library):
     torch_symbols = [symbol for symbol in symbols if "torch" in symbol]
     assert all(symbol.startswith(("aoti_torch_", "torch_")) for symbol in torch_symbols), torch_symbols
     assert not [symbol for symbol in symbols if symbol.startswith(("_ZN3c10", "_ZN2at", "_ZN5torch", "Py"))]
+
+
+@needs_nvcc
+def test_pip_puts_the_library_into_the_wheel_and_ties_it_to_no_python(library, tmp_path):
+    copy, wheels = tmp_path / "checkout", tmp_path / "wheels"
+    for file in files():
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, copy / file)
+    # compiled by the fixture: here only the link is left
+    shutil.copytree(build.cache_folder(), copy / "build" / "kernels")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-index"]
+    subprocess.run(
+        [*pip, "--no-build-isolation", "-w", str(wheels), str(copy)],
+        env={**os.environ, "M1_BUILD_KERNELS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = wheels.glob("*.whl")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name), wheel.name
+    packed = f"kernels_cuda/{build.library_name()}"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(packed, tmp_path)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / packed), "moe_route"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("m1_sm90::moe_route(")
 
 
 def test_the_name_of_the_library_follows_its_sources(monkeypatch, tmp_path):
