@@ -186,7 +186,7 @@ def main() -> None:
                 *megabytes,
                 f"{1e3 * ours:.1f}",
                 *(f"{x / ours:.2f}" for x in others),
-                f"{overlap:.2f}",
+                "-" if ON_GPU else f"{overlap:.2f}",
             ]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
