@@ -82,8 +82,8 @@ def test_a_chain_of_three_jobs_goes_on_after_scancel_and_before_the_wall_time(
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    # of two minutes about forty seconds are left to train
-    endless_run(run_dir, data, margin_s=80.0).rename(run_dir / "run.yaml")
+    # of two minutes about twenty seconds are left to train
+    endless_run(run_dir, data, margin_s=100.0).rename(run_dir / "run.yaml")
     script = by_hand(
         "pretrain.sbatch",
         RUN_DIR=str(run_dir), WORK_DIR=str(tmp_path), COMMAND=f"(train {run_dir}/run.yaml)", PYTHON=sys.executable,
