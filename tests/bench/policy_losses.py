@@ -94,7 +94,7 @@ def main(out: Path, num_seeds: int, updates: int, rate: float, groups: int) -> N
         )
         for loss, own in found.items()
     }
-    bands = {f"{loss} ({num_seeds} seeds)": mean_and_error(values) for loss, values in curves.items()}
+    bands = {f"{loss} ({num_seeds} seeds)": band for loss, band in within_seeds(curves).items()}
     band_picture(bands, steps, out / "policy_losses.png", label="share of right answers")
     dropped = {loss: _dropped(runs[loss]) for loss in LOSSES}
     (out / "policy_losses.json").write_text(
@@ -129,6 +129,21 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over seeds and half of its 95 % confidence interval, by Student's t; values: [seeds, ...]."""
     quantile = stats.t.ppf(0.975, len(values) - 1)
     return values.mean(0), quantile * values.std(0, ddof=1) / np.sqrt(len(values))
+
+
+def within_seeds(curves: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Means, and 95 % bands without what a seed's warm start does to all losses alike: those bands may be compared.
+
+    Each seed's mean over the losses is replaced by the mean of all, and the variance corrected for it.
+    Source: Morey, Confidence intervals from normalized data, Tutorials in Quantitative Methods for Psychology 2008.
+    """
+    seeds = np.mean(list(curves.values()), axis=0)
+    factor = np.sqrt(len(curves) / (len(curves) - 1))
+    found = {}
+    for loss, values in curves.items():
+        mean, error = mean_and_error(values - seeds + seeds.mean(0))
+        found[loss] = mean, factor * error
+    return found
 
 
 def table(curves: dict[str, np.ndarray], steps: np.ndarray, dropped: dict[str, float]) -> str:
