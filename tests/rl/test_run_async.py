@@ -1,4 +1,4 @@
-"""A run one step off, some samples cut and carried on: what MLflow and the picture show of it.
+"""A run one step off, some samples cut and carried on: what MLflow shows of it, and a kill within it.
 
 Its window grows, and a task that a judge grades is mixed in on the way, so that the state of both crosses checkpoints;
 routers take in training the experts of generation.
@@ -7,6 +7,7 @@ routers take in training the experts of generation.
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from mlflow import MlflowClient
 
 from megatron_m1.rl.pictures import reward_picture
 from megatron_m1.training.spool import read_steps
+from parallel.manifest import read_manifest
 from tests.rl.rewards.judge_server import JudgeServer
 from tests.rl.tiny_rl import SHORT_FIRST, write_short_file, write_tokenizer
 from tests.spawn import ROOT
+from tests.training import lives
 
 pytestmark = pytest.mark.multiprocess
 
@@ -149,3 +152,28 @@ def test_the_window_grows_and_the_judged_task_is_mixed_in_on_the_way(whole) -> N
     learnt = [[int(prompt) for prompt in values["prompts"].split()] for values in record.values()]
     judged = [[prompt % (NUM_COPY + 8) >= NUM_COPY for prompt in prompts] for prompts in learnt]
     assert not any(judged[0]) and any(map(any, judged)), judged
+
+
+@pytest.mark.slow
+def test_a_run_one_step_off_that_is_killed_equals_the_undisturbed_one(
+    whole, judge: JudgeServer, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((whole[0].parent / "tokenizer.json").read_bytes())
+    killed = tmp_path / "killed"
+    run_file = _run_file(killed, judge, enabled=False)
+    process = lives.start(run_file)
+    lives.wait_for_checkpoint(killed, process, random.randint(SHORT_FIRST + 1, STEPS - 4))
+    lives.kill(process, after_s=random.uniform(0.0, 0.3))
+    assert lives.start(run_file).wait(200) == 0
+    began_after, taken = lives.steps_by_life(killed)[-1]
+    assert began_after > SHORT_FIRST and taken, (began_after, taken)
+    lives.assert_same_run(killed, whole[0], steps=STEPS)
+    about = [
+        read_manifest(path / "checkpoints" / f"step_{STEPS:08d}").extra["rl"] for path in (killed, whole[0])
+    ]
+    assert about[0] == about[1]
+    learnt = [prompt for values in _rl_steps(killed).values() for prompt in values["prompts"].split()]
+    assert len(set(learnt)) == len(learnt) > 0
+    in_flight = sum(len(about[0][part]) for part in ("running", "unscored", "ready", "batch"))
+    assert in_flight > 0, "nothing was under way across a checkpoint"
+    assert sum(about[0]["taken"].values()) == sum(about[0]["fates"].values()) + in_flight

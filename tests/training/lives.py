@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_m1.training.spool import read_steps
-from parallel.manifest import read_manifest
+from parallel.manifest import list_checkpoints, read_manifest
 from tests.spawn import ROOT
 
 
@@ -34,6 +34,17 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int) -> None:
     deadline = time.monotonic() + 240
     while step not in (read_steps(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else {}):
         assert process.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen, step: int) -> None:
+    """Until a checkpoint of this step or a later one is complete: the next life goes on from there."""
+    deadline = time.monotonic() + 240
+    while not any(
+        entry.complete and entry.step >= step for entry in list_checkpoints(run_dir / "checkpoints")
+    ):
+        assert process.poll() is None, f"the run ended before a checkpoint of step {step}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
