@@ -18,6 +18,7 @@ PRESETS = [
     "m1-456b",
     "m1-456b-extend-01",
     "m1-456b-extend-m1",
+    "m1-456b-rl-m1",
     "m1-456b-sft-01",
     "rl-tiny",
     "sft-tiny",
