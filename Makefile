@@ -40,9 +40,10 @@ check: venv
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# Two workers, because the smallest machine we test on has two cores; a file's tests stay on one worker.
+# Two workers, because the smallest machine we test on has two cores; a file's tests stay on one worker. In the order of
+# their names: by number of tests, files of one long test would come last, and one worker would wait for the other.
 test: venv slurm-packages
-	$(PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --durations 12
+	$(PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Debian's own packages; where they cannot be had the tests say so and are skipped, in CI they fail.
 slurm-packages:

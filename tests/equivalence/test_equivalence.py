@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tolerances
-from tests.equivalence.matrix import MATRIX, Case
+from tests.equivalence.matrix import LARGE, MATRIX, Case
 from tests.equivalence.runner import assemble, assemble_routing, relative_rms, run_cases
 from tests.spawn import run_ranks
 
@@ -43,6 +43,17 @@ def run_all(wanted: list[Case]) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, results: dict[str, list[dict[str, Any]]]) -> None:
     assert_equal(case, results)
+
+
+@pytest.fixture(scope="module")
+def large_results() -> dict[str, list[dict[str, Any]]]:
+    return run_all(LARGE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_layout_equals_one_process(case: Case, large_results: dict[str, list[dict[str, Any]]]) -> None:
+    assert_equal(case, large_results)
 
 
 def assert_equal(case: Case, results: dict[str, list[dict[str, Any]]]) -> None:

@@ -12,6 +12,7 @@ from data_pipeline.needle_rows import NeedleRows
 from data_pipeline.synthetic import CITIES, make_problem
 from data_pipeline.tokenize import DocumentEncoder, train_byte_level_bpe
 from megatron_m1.longcontext import evaluate
+from megatron_m1.longcontext.config import MOST_NEEDLES
 from megatron_m1.longcontext.pictures import needle_picture, position_picture, progress_picture
 from megatron_m1.model.packed import Packed
 from parallel.layout import Layout
@@ -120,8 +121,8 @@ def test_rows_of_several_needles_ask_for_all_and_count_the_one_at_the_depth(toke
 
 
 def test_more_needles_than_cities_are_refused_with_the_nearest_number():
-    assert len(CITIES) == evaluate.MOST_NEEDLES
-    evaluate.LongContextConfig(multi_needles=evaluate.MOST_NEEDLES)
+    assert len(CITIES) == MOST_NEEDLES
+    evaluate.LongContextConfig(multi_needles=MOST_NEEDLES)
     for count, nearest in ((1, 2), (11, 10)):
         with pytest.raises(ValueError, match=f"multi_needles={count}: .*choose {nearest}"):
             evaluate.LongContextConfig(multi_needles=count)

@@ -22,7 +22,7 @@ def _train(run_file: Path, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_run_learns_to_count_and_reports_every_number(precision: str, tmp_path: Path) -> None:
     write_shards(tmp_path)
     run_file = write_run_file(tmp_path / "run", data_in(tmp_path), steps=40)
