@@ -67,14 +67,14 @@ def test_samples_end_for_every_reason_and_differ(samples):
     ids=["all at once", "one by one", "prompts read token by token"],
 )
 def test_slots_and_reading_do_not_change_samples(model, samples, options):
-    _same(ranks.answers(ranks.generate(*model, ranks.requests(), **options)), ranks.answers(samples))
+    _assert_same(ranks.answers(ranks.generate(*model, ranks.requests(), **options)), ranks.answers(samples))
 
 
 def test_order_of_requests_does_not_change_samples(model, samples):
     shuffled = ranks.requests()
     np.random.default_rng(0).shuffle(shuffled)
     found = {answer.key: answer for answer in ranks.answers(ranks.generate(*model, shuffled))}
-    _same([found[answer.key] for answer in ranks.answers(samples)], ranks.answers(samples))
+    _assert_same([found[answer.key] for answer in ranks.answers(samples)], ranks.answers(samples))
 
 
 def test_a_cut_sample_carries_on_as_if_it_had_not_been_cut(model, samples):
@@ -91,19 +91,19 @@ def test_a_cut_sample_carries_on_as_if_it_had_not_been_cut(model, samples):
     ]
     rest = ranks.generate(*model, unfinished)
     whole = {answer.key: answer for answer in ranks.answers([s for s in cut if s.finish is not None] + rest)}
-    _same([whole[answer.key] for answer in ranks.answers(samples)], ranks.answers(samples))
+    _assert_same([whole[answer.key] for answer in ranks.answers(samples)], ranks.answers(samples))
 
 
 def test_layouts_do_not_change_samples(samples):
     by_rank = run_ranks(4, ranks.in_layouts, LAYOUTS_OF_FOUR)
     for found in by_rank:
         for in_layout in found:
-            _same(in_layout, ranks.answers(samples))
+            _assert_same(in_layout, ranks.answers(samples))
 
 
 def test_a_capacity_of_training_drops_nothing_in_generation(alone, samples):
     tight = replace(ranks.MODEL, capacity_factor=0.5)
-    _same(
+    _assert_same(
         ranks.answers(ranks.generate(ranks.build(alone, model=tight), alone, ranks.requests())),
         ranks.answers(samples),
     )
@@ -163,7 +163,7 @@ def test_random_numbers_are_even_and_unlike():
     assert len(np.unique(by_place)) == n and abs(by_place.mean() - 0.5) < 0.01
 
 
-def _same(found, expected):
+def _assert_same(found, expected):
     assert [answer.key for answer in found] == [answer.key for answer in expected]
     for a, b in zip(found, expected, strict=True):
         assert (a.tokens, a.finish) == (b.tokens, b.finish), a.key

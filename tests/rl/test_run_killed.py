@@ -42,15 +42,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_life_killed_at_random_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
-    _kill_and_compare(whole, tmp_path / "killed", kills=2)
+    _assert_equal_after_kills(whole, tmp_path / "killed", kills=2)
 
 
 @pytest.mark.slow
 def test_a_life_killed_ten_times_equals_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
-    _kill_and_compare(whole, tmp_path / "killed", kills=10)
+    _assert_equal_after_kills(whole, tmp_path / "killed", kills=10)
 
 
-def _kill_and_compare(whole: Path, killed: Path, *, kills: int) -> None:
+def _assert_equal_after_kills(whole: Path, killed: Path, *, kills: int) -> None:
     run_file = write_run_file(killed, whole.with_name("tokenizer.json"), rl_steps=RL_STEPS)
     moments = random.Random(os.getpid())
     for step in sorted(moments.randint(1, RL_FIRST + 1) for _ in range(kills - 1)):
