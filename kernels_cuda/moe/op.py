@@ -199,6 +199,7 @@ def _save_route(ctx, inputs, output):
     ctx.save_for_backward(*output)
     ctx.num_experts, ctx.dtype = logits.shape[1], logits.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _route_backward(ctx, d_weights, _):
@@ -224,6 +225,8 @@ def _save_grouped_mlp(ctx, inputs, output):
     # Buffers change between forward and backward by design: keep them out of the version check.
     ctx.main_grads = main_grads
     ctx.mark_non_differentiable(hidden)
+    # Else autograd fills zeros the size of hidden for a gradient that nobody reads.
+    ctx.set_materialize_grads(False)
 
 
 def _grouped_mlp_autograd(ctx, d_y, _):
