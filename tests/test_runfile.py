@@ -149,4 +149,7 @@ def test_a_value_where_a_section_belongs_is_refused(values):
 
 
 def test_free_keys_and_empty_options_are_allowed():
-    runfile.refuse_unknown_keys(Section, {"tags": {"any": "thing"}, "maybe": None}, source="test")
+    allowed = {"tags": {"any": "thing"}, "maybe": None}
+    runfile.refuse_unknown_keys(Section, allowed, source="test")
+    with pytest.raises(ValueError, match="unknown key 'any'"):
+        runfile.refuse_unknown_keys(Section, allowed | {"any": "thing"}, source="test")
