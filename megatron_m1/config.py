@@ -272,7 +272,13 @@ def _file_layers(
         raise ValueError(
             f"{origin} builds on itself ({chain}): a preset must end somewhere; remove one 'preset' key"
         )
-    values = runfile.parse(path.read_text(encoding="utf-8"), source=origin) or {}
+    values = runfile.parse(path.read_text(encoding="utf-8"), source=origin)
+    if values is None:
+        # all defaults would be another run, with another layout
+        raise ValueError(
+            f"{origin} holds nothing: a run file has at least one 'section: {{field: value}}'; write it again, or "
+            f"name a preset ({', '.join(preset_names())})"
+        )
     if isinstance(values, dict) and "preset" in values:
         yield from _file_layers(str(values.pop("preset")), (*seen, path))
     yield origin, values

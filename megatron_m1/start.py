@@ -10,6 +10,7 @@ import time
 from megatron_m1.config import RUN_FILE, RunConfig, dump_run
 from megatron_m1.stages import stages_of
 from parallel.launch import read_environment, run_local_ranks
+from parallel.manifest import write_durably
 
 OUTCOME_FILE = "outcome.txt"
 """One line for whoever started the ranks: "finished at step N", "stopped after step N: why"; no file after a crash."""
@@ -45,7 +46,8 @@ def _prepare_directory(config: RunConfig, resume: bool) -> None:
         print(f"moved the earlier run to {aside}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RUN_FILE).write_text(dump_run(config), encoding="utf-8")
+        # the other ranks are reading it at this moment: a file cut short would be another run to them
+        write_durably(directory / RUN_FILE, dump_run(config).encode())
         (directory / OUTCOME_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(

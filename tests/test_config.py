@@ -119,6 +119,10 @@ def test_a_preset_may_build_on_another_and_a_circle_is_refused(tmp_path):
     assert "builds on itself" in refusal(top)
 
 
+def test_a_file_that_was_cut_to_nothing_is_not_a_run_of_defaults(tmp_path):
+    assert "holds nothing: a run file has at least one" in refusal(write(tmp_path, ""))
+
+
 def test_the_resolved_file_reads_back_to_the_same_run(tmp_path):
     for name in preset_names():
         config = load_run(name, ["tracking.tags={a: on, b: '1e5'}", "seed=7"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_m1.launch.script import Job, render
 from megatron_m1.launch.site import Site
+from parallel.manifest import write_durably
 
 
 def nodes_for(world_size: int, site: Site, nodes: int | None) -> int:
@@ -48,7 +49,8 @@ def submit(job: Job, site: Site, run_file: str, chain: int) -> list[str]:
         # Slurm would end the job without a word if its log directory were missing
         for directory in (job.run_dir / "logs", script.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        (job.run_dir / "run.yaml").write_text(run_file, encoding="utf-8")
+        # a job of this run may be starting
+        write_durably(job.run_dir / "run.yaml", run_file.encode())
         (job.run_dir / "outcome.txt").unlink(missing_ok=True)
         script.write_text(render(job, site), encoding="utf-8")
     except OSError as error:

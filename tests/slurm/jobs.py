@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
+from parallel.manifest import write_durably
 from tests.faults.life import WORLD_SIZE, Life
 from tests.slurm.cluster import ENDED, Cluster, wait_until
 from tests.spawn import ROOT
@@ -136,7 +137,8 @@ def end_after(run_dir: Path, step: int) -> int:
     run_file = run_dir / "run.yaml"
     text, count = re.subn(r"^  steps: \d+$", f"  steps: {step}", run_file.read_text(), flags=re.MULTILINE)
     assert count == 1
-    run_file.write_text(text)
+    # ranks may be reading it
+    write_durably(run_file, text.encode())
     return step
 
 
