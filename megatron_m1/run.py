@@ -37,8 +37,10 @@ from megatron_m1.training.state import load_state
 from megatron_m1.training.step import wrap_for_gradients
 from megatron_m1.vitals import Vitals
 from parallel import cpu
+from parallel.arrival import START_PATIENCE_S
 from parallel.checkpoint import CheckpointStore
 from parallel.groups import Groups, create_groups, destroy_groups
+from parallel.hang import Watchdog
 from parallel.launch import Launch, connect
 from parallel.local_copies import LocalCopies
 
@@ -59,7 +61,8 @@ def live(config: RunConfig, launch: Launch) -> None:
     )
     # its description of buffers and buckets is of no use to a user
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    connect(launch)
+    with _start_watched(config, launch) as watchdog:
+        connect(launch, run=dump_run(config), arrived=watchdog.beat)
     try:
         _train_stages(config, launch)
     finally:
@@ -75,7 +78,9 @@ def _train_stages(given: RunConfig, launch: Launch) -> None:
     with Report(config) as report:
         while index < len(stages):
             stage = _fitted(stages[index], launch.world_size)
-            groups = create_groups(stage.config.layout, launch.device)
+            with _start_watched(config, launch) as watchdog:
+                watchdog.beat()
+                groups = create_groups(stage.config.layout, launch.device)
             end = _train_stage(config, stage, groups, report, stages)
             if isinstance(end, Explosion):
                 answer = plan_answer(config, stages[index], end, num_before=len(answers.given))
@@ -89,6 +94,16 @@ def _train_stages(given: RunConfig, launch: Launch) -> None:
             else:
                 index += 1
             destroy_groups()
+
+
+def _start_watched(config: RunConfig, launch: Launch) -> Watchdog:
+    """Ends a start in which ranks wait for each other before there is a step to wait for, and says for whom."""
+    return Watchdog(
+        config.run_dir / "hang",
+        timeout_s=START_PATIENCE_S if config.health.hang_timeout_s else 0.0,
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )
 
 
 def _fitted(stage: Stage, world_size: int) -> Stage:

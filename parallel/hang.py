@@ -87,6 +87,13 @@ def first_divergence(
         return Finding(
             absent[0], f"rank {absent[0]} wrote nothing: it is stopped, dead, or its node is gone{where}"
         )
+    if not waiting and 0 < len(busy) < world_size:
+        rank = min(busy)
+        return Finding(
+            rank,
+            f"rank {rank} has not come to where the others wait, and no collective of theirs is on record: they make "
+            "groups, or wait for a message; the stacks show where",
+        )
     if not waiting:
         return Finding(None, "no rank waits in a collective: the stacks show what each one does")
     return _follow_waits(journals, waiting, [rank for rank in busy if rank not in waiting])

@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+
+from parallel.arrival import START_PATIENCE_S, all_arrive, open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,32 +100,60 @@ def _whole_number(name: str, text: str) -> int:
     return int(text)
 
 
-def connect(launch: Launch, *, timeout_s: float = 1800.0) -> None:
-    """Join the job's default process group and bind this process to its device.
+def connect(
+    launch: Launch, *, run: str = "", arrived: Callable[[], None] = lambda: None, timeout_s: float = 1800.0
+) -> None:
+    """Join the job's default process group and bind this process to its device, once all ranks are there.
+
+    run: text that must be equal on all ranks, such as the resolved run file. arrived: called when all ranks are there,
+    before they connect to each other. timeout_s: of every collective.
 
     Raises:
         ValueError: several ranks, but no rendezvous address in the environment.
+        ArrivalError: some rank did not come in time, or was given another run.
     """
     # One hardware queue keeps a collective that was started first ahead of the product that hides it; read when CUDA
     # starts, and what megatron-core asks for under sequence parallelism. A user may set another.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if launch.device.type == "cuda":
         torch.cuda.set_device(launch.device)
-    if launch.world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"world size {launch.world_size} but MASTER_ADDR is not set: every rank needs the address of rank 0; "
-            "export MASTER_ADDR and MASTER_PORT, or start with torchrun"
-        )
     # the journal of the last collectives that parallel/hang.py reads; a user may set a longer one
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # alone there is nobody to meet: no address, no port
+    store = torch.distributed.HashStore() if launch.world_size == 1 else _meet(launch, run, timeout_s)
+    arrived()
     torch.distributed.init_process_group(
         launch.backend,
         rank=launch.rank,
         world_size=launch.world_size,
-        # alone there is nobody to meet: no address, no port
-        store=torch.distributed.HashStore() if launch.world_size == 1 else None,
+        store=store,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def _meet(launch: Launch, run: str, timeout_s: float) -> torch.distributed.Store:
+    """The store of a job whose ranks have all arrived."""
+    address, port = meeting_place()
+    launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience_s = min(START_PATIENCE_S, timeout_s)
+    store = open_store(
+        address,
+        port,
+        rank=launch.rank,
+        keeps=launch.rank == 0 and not launcher_keeps_it,
+        patience_s=patience_s,
+    )
+    all_arrive(
+        store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        node=node_name(),
+        run=run,
+        patience_s=patience_s,
+    )
+    store.set_timeout(timedelta(seconds=timeout_s))
+    # as torch has it, so that no key of the groups is one of the launcher's
+    return torch.distributed.PrefixStore("default_pg", store)
 
 
 def host_local_ranks(world_size: int) -> tuple[torch.distributed.TCPStore, dict[str, str]]:

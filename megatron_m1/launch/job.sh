@@ -9,9 +9,9 @@ mkdir -p -- "$logs" "$notes"
 this=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 say() { printf '%(%FT%T)T job %s: %s\n' -1 "$this" "$*"; }
 
-# Every rank meets the others at the first node, on a port that only this job uses.
+# Every rank meets the others at the first node, on a port that only this job uses (and the next one, in preflight).
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000 * 2))
 # The ranks save before this; older Slurms do not export it.
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s)}
 # Since Slurm 22.05 srun does not take this over from sbatch by itself.

@@ -102,6 +102,8 @@ def hang(directory: Path, fault: str, environment: dict[str, str]) -> None:
 
     launch = read_environment()
     connect(launch)
+    if fault == "groups":
+        _make_groups_without_rank_3(directory, launch.rank)
     pair, other = dist.new_group([2, 3]), dist.new_group([0, 1])
     if fault == "slow":
         _gather_slowly(launch.rank)
@@ -122,6 +124,15 @@ def hang(directory: Path, fault: str, environment: dict[str, str]) -> None:
         time.sleep(600)
 
 
+def _make_groups_without_rank_3(directory: Path, rank: int) -> None:
+    """A start that hangs before there is a collective."""
+    with Watchdog(directory, timeout_s=2.0, rank=rank, world_size=4) as watchdog:
+        watchdog.beat()
+        if rank == 3:
+            time.sleep(600)
+        dist.new_group(range(4))
+
+
 def _gather_slowly(rank: int) -> None:
     """Rank 3 still gathers its evidence when the others' patience with silent ranks has ended."""
     hang_module._GRACE_S = 0.5
@@ -131,7 +142,7 @@ def _gather_slowly(rank: int) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fault", ["sleep", "stop", "message", "slow"])
+@pytest.mark.parametrize("fault", ["sleep", "stop", "message", "slow", "groups"])
 def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault: str, tmp_path: Path) -> None:
     store, meeting = host_local_ranks(4)
     shared = {**os.environ, **meeting, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
@@ -160,6 +171,12 @@ def test_a_real_hang_ends_with_a_report_that_names_the_rank_and_its_place(fault:
     # the first rank that ends breaks the connections of the others
     assert HANG_EXIT_CODE in codes and 0 not in codes and None not in codes, codes
     report = (tmp_path / REPORT_NAME).read_text()
+    if fault == "groups":
+        assert report.startswith(
+            "HANG: rank 3 has not come to where the others wait, and no collective of theirs"
+        )
+        assert "dist.new_group(range(4))" in report
+        return
     if fault == "stop":
         assert report.startswith("HANG: rank 3 wrote nothing")
         assert "rank 3: wrote nothing" in report

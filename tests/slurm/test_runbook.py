@@ -94,7 +94,7 @@ def test_every_measured_number_that_is_an_alarm_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["HANG:", "bad node", "BrokenRun", "CheckpointError", "TIMEOUT", "NODE_FAIL"]
+    "word", ["HANG:", "bad node", "BrokenRun", "CheckpointError", "ArrivalError", "TIMEOUT", "NODE_FAIL"]
 )
 def test_what_ends_a_run_is_explained(word: str) -> None:
     assert word in RUNBOOK
