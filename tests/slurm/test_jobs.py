@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import (
     SAVE_EVERY,
     UGLY,
@@ -73,7 +73,8 @@ def test_a_job_outlives_a_full_disk_preemption_a_drained_node_a_crash_and_a_powe
     assert not list(tmp_path.rglob("pwned"))
     assert_same_run(run_dir, undisturbed(data, tmp_path / "whole", final), steps=final)
     cluster.start_node(lost)
-    cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    # Slurm takes it back by itself
+    wait_until(lambda: lost in cluster.nodes_that_are("idle"), 60)
 
 
 def test_a_chain_of_three_jobs_goes_on_after_scancel_and_before_the_wall_time(
