@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,14 +125,8 @@ def disk_full(trial: Trial) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
     try:
         life = trial.run_until_a_moment()
-        with (place / "ballast").open("wb") as ballast:
-            try:
-                while True:
-                    ballast.write(bytes(1 << 16))
-                    ballast.flush()
-            except OSError:
-                pass
-        codes = life.wait()
+        with _filled(place / "ballast"):
+            codes = life.wait()
         trial.detected = all(codes) and "are free" in life.said()
         (place / "ballast").unlink()
         trial.start().wait()
@@ -140,6 +136,29 @@ def disk_full(trial: Trial) -> None:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
         place.rmdir()
         kept.rename(place)
+
+
+@contextlib.contextmanager
+def _filled(ballast: Path) -> Iterator[None]:
+    """Leave no free byte on a file system, also where something else is deleted meanwhile."""
+    ended = threading.Event()
+
+    def fill() -> None:
+        # unbuffered: closing would write again what did not fit
+        with ballast.open("wb", buffering=0) as stream:
+            while not ended.is_set():
+                try:
+                    stream.write(bytes(1 << 16))
+                except OSError:
+                    ended.wait(0.01)
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        filling.join()
 
 
 def slow_disk(trial: Trial) -> None:
