@@ -136,13 +136,15 @@ def _meet(launch: Launch, run: str, timeout_s: float) -> torch.distributed.Store
     address, port = meeting_place()
     launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience_s = min(START_PATIENCE_S, timeout_s)
-    store = open_store(
+    meeting = open_store(
         address,
         port,
         rank=launch.rank,
         keeps=launch.rank == 0 and not launcher_keeps_it,
         patience_s=patience_s,
     )
+    # torchrun keeps its store when it starts the ranks again: what dead ranks left there is not for their successors
+    store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), meeting)
     all_arrive(
         store,
         rank=launch.rank,

@@ -95,6 +95,16 @@ def test_a_rank_that_read_another_run_is_named(tmp_path: Path) -> None:
     assert said[0].startswith("rank 1 (first on n1) read another run than rank 0 on n0")
 
 
+def test_ranks_that_torchrun_starts_again_are_not_told_of_the_first_start(tmp_path: Path) -> None:
+    store, meeting = host_local_ranks(3)
+    first = start(tmp_path, dict.fromkeys((0, 1), "run"), meeting)
+    assert all(text.startswith("rank 2 did not come") for text in first.values())
+    again = meeting | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    said = start(tmp_path, dict.fromkeys(range(3), "run"), again, LONG_S)
+    del store
+    assert set(said.values()) == {"connected"}
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
