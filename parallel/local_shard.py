@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from parallel.checksum import Checksum
 from parallel.manifest import Entry, FileRecord, Manifest
 
 _STATE_NAME = "state.bin"
-_MOST_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +152,7 @@ def read_shard(directory: Path) -> Shard:
         target = payload[piece.start : piece.start + piece.length]
         pieces.read_piece(directory, piece, target, verify=True)
 
-    with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        for _ in pool.map(read, [piece for *_, piece in stored]):
-            pass
+    pieces.take_turns(read, [piece for *_, piece in stored])
     rows = [
         [
             key,

@@ -7,10 +7,13 @@ numbers begin, stand in the tensor table; the head (a pickle, for upstream's too
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +22,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from parallel.checksum import BLOCK_BYTES, Checksum
 from parallel.manifest import CheckpointError
 
-_STEP_BYTES = 4 * BLOCK_BYTES
+# what the processor's cache of one core still holds when it is summed
+_STEP_BYTES = BLOCK_BYTES
 _MOST_THREADS = 8
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,37 @@ def read_all(parts: list[_Part], directory: Path, *, verify: bool) -> None:
     Raises:
         CheckpointError: a record is cut, or is not what was written (with `verify`).
     """
-    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda part: _read(part, directory, verify), parts):
-            pass
+    take_turns(lambda part: _read(part, directory, verify), parts)
+
+
+def take_turns(action: Callable[[Item], None], items: Sequence[Item]) -> None:
+    """Do `action` for every item, on this thread and a few others; the first error ends it.
+
+    This thread takes part, because ranks that share cores have none to spare for one that only waits.
+    """
+    left, one_by_one = iter(items), threading.Lock()
+
+    def take() -> None:
+        while True:
+            with one_by_one:
+                item = next(left, None)
+            if item is None:
+                return
+            try:
+                action(item)
+            except BaseException:
+                with one_by_one:
+                    # nobody needs the rest
+                    deque(left, maxlen=0)
+                raise
+
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(items))
+    # a pool must have a thread, and starts none that has nothing to do
+    with ThreadPoolExecutor(max(1, num_threads - 1)) as pool:
+        others = [pool.submit(take) for _ in range(num_threads - 1)]
+        take()
+        for other in others:
+            other.result()
 
 
 def _read(part: _Part, directory: Path, verify: bool) -> None:

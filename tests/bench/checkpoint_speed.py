@@ -94,6 +94,8 @@ def measure(directory: str, bytes_per_rank: int) -> dict[str, float]:
         "save": lambda step: store.save(step, state, {}),
         "save stall": lambda step: behind.save(step, state, {}),
         "save in the background": lambda step: behind.wait(),
+        # after a fork the first write to each page copies it: a start of a run, which loads, has forked nothing
+        "own pages": lambda step: [content.add_(0), *(leaf.data.add_(0.0) for leaf in state.values())],
         "raw read": lambda step: read_raw(raw, buffer),
         "load": lambda step: store.load(step, template),
         "load unverified": lambda step: store.load(step, template, verify=False),
