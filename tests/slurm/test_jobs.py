@@ -35,7 +35,6 @@ pytestmark = pytest.mark.multiprocess
 _HOPELESS = "preflight: {enabled: false}\npython: /bin/false\nranks_per_node: 4\ngpus_per_node: 0\n"
 
 
-@pytest.mark.slow
 def test_a_job_outlives_a_full_disk_preemption_a_drained_node_a_crash_and_a_power_cut(
     cluster: Cluster, data: DataConfig, tmp_path: Path
 ) -> None:
