@@ -164,6 +164,16 @@ def test_a_dry_run_shows_the_script_and_leaves_nothing_behind(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_jobs_of_neighbouring_numbers_share_no_port():
+    """A job also takes the port behind its own, in preflight."""
+    (port,) = re.findall(r"MASTER_PORT=(\$\(\(.*\)\))$", BODY.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    count = f"for ((SLURM_JOB_ID = 5900; SLURM_JOB_ID < 6100; SLURM_JOB_ID++)); do echo {port}; done"
+    ports = subprocess.run(["bash", "-c", count], capture_output=True, text=True, check=True).stdout.split()
+    taken = [int(text) + more for text in ports for more in (0, 1)]
+    assert len(set(taken)) == 400
+    assert min(taken) > 1024 and max(taken) < 32768
+
+
 def test_the_readme_goes_to_two_nodes_in_ten_lines(tmp_path, monkeypatch):
     block = re.findall(r"^```bash\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)[0].splitlines()
     assert len(block) <= 10

@@ -1,7 +1,4 @@
-"""MLflow gets every number once, whatever happens to it or to the trainer, and the trainer never waits.
-
-All of it against a real server on loopback.
-"""
+"""A real MLflow server gets every number once, whatever happens to it or to the trainer, and no step waits for it."""
 
 import json
 import math
