@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 from parallel.launch import host_local_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,22 +37,33 @@ def run_ranks(
         (directory / "task.pickle").write_bytes(
             pickle.dumps((function.__module__, function.__qualname__, arguments))
         )
-        store, meeting_place = host_local_ranks(world_size)
-        # the forking process took its environment when it started; a test may have changed its own since
-        shared = {**os.environ, **meeting_place, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-        ranks = [
-            _forking().Process(
-                target=rank_main,
-                args=(directory, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
-            )
-            for rank in range(world_size)
-        ]
+        store, ranks = fork_ranks(world_size, rank_main, directory)
         logs = [_log(directory, rank) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
         _wait(ranks, logs, timeout_s)
         del store
         return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(world_size)]
+
+
+def fork_ranks(
+    world_size: int,
+    target: Callable[..., None],
+    *arguments: Any,
+    place_of: Callable[[int], dict[str, str]] = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+) -> tuple[TCPStore, list[ForkServerProcess]]:
+    """Start `target(environment, *arguments)` in `world_size` processes; keep the store until they have ended.
+
+    place_of: what a launcher tells a rank besides the meeting place.
+    """
+    store, meeting_place = host_local_ranks(world_size)
+    # the forking process took its environment when it started; a test may have changed its own since
+    shared = {**os.environ, **meeting_place, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        _forking().Process(target=target, args=(shared | place_of(rank), *arguments))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return store, ranks
 
 
 @functools.cache
@@ -100,7 +113,7 @@ def _tails(logs: list[Path], lines: int = 40) -> str:
     )
 
 
-def rank_main(directory: Path, environment: dict[str, str]) -> None:
+def rank_main(environment: dict[str, str], directory: Path) -> None:
     """Entry of one rank: join the group, run the task, leave the result in a file."""
     import importlib
 
@@ -109,15 +122,20 @@ def rank_main(directory: Path, environment: dict[str, str]) -> None:
     import tests.rank_template  # noqa: F401  (forkserver passes over an import that fails: here it is told)
     from parallel.launch import connect, read_environment
 
-    os.environ.clear()
-    os.environ.update(environment)
+    become(environment, _log(directory, int(environment["RANK"])))
     launch = read_environment()
-    log = os.open(_log(directory, launch.rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.chdir(ROOT)
     connect(launch, timeout_s=120.0)
     module, name, arguments = pickle.loads((directory / "task.pickle").read_bytes())
     result = getattr(importlib.import_module(module), name)(*arguments)
     _result(directory, launch.rank).write_bytes(pickle.dumps(result))
     torch.distributed.destroy_process_group()
+
+
+def become(environment: dict[str, str], log: Path) -> None:
+    """In a forked process: the environment, the place and the output of a process that was started."""
+    os.environ.clear()
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.training.spool import read_lines
-from parallel.launch import host_local_ranks
-from tests.spawn import ROOT, _forking
+from tests.spawn import become, fork_ranks
 
 WORLD_SIZE = 4
 RANKS_PER_NODE = 2
@@ -57,17 +56,9 @@ class Life:
     def __init__(self, run_file: Path, logs: Path, planted: Planted | None = None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
-        self._store, meeting_place = host_local_ranks(WORLD_SIZE)
-        shared = {**os.environ, **meeting_place, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-        self.ranks = [
-            _forking().Process(
-                target=_rank_main,
-                args=(run_file, logs, shared | _place_of(rank), planted),
-            )
-            for rank in range(WORLD_SIZE)
-        ]
-        for process in self.ranks:
-            process.start()
+        self._store, self.ranks = fork_ranks(
+            WORLD_SIZE, _rank_main, run_file, logs, planted, place_of=_place_of
+        )
 
     def signal(self, rank: int, number: int) -> None:
         """A signal to one rank."""
@@ -126,14 +117,9 @@ def newest_step(run_dir: Path) -> int:
     return max((values["step"] for values in lines if values and values["kind"] == "step"), default=0)
 
 
-def _rank_main(run_file: Path, logs: Path, environment: dict[str, str], planted: Planted | None) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+def _rank_main(environment: dict[str, str], run_file: Path, logs: Path, planted: Planted | None) -> None:
     rank = int(environment["RANK"])
-    log = os.open(logs / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.chdir(ROOT)
+    become(environment, logs / f"rank{rank}.log")
     import tests.rank_template  # noqa: F401
     from megatron_m1 import vitals
     from megatron_m1.config import load_run

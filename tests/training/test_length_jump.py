@@ -3,7 +3,6 @@ the middle of that stage, and between the note and the undoing, it stays the sam
 
 from __future__ import annotations
 
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +82,7 @@ def _run_file(run_dir: Path, data: Path, layouts: tuple[str, str]) -> Path:
     return path
 
 
-def _wait_for_inserted_step(record: Path, process: subprocess.Popen) -> None:
+def _wait_for_inserted_step(record: Path, process: lives.Ranks) -> None:
     """Until step 11 is on record at the rate of the inserted stage; it was taken before, in the one that exploded."""
     while not record.exists() or read_steps(record).get(11, {}).get("learning_rate") != 2e-3:
         assert process.poll() is None, "the run ended before its inserted stage"

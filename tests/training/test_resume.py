@@ -13,11 +13,12 @@ from data_pipeline.config import DataConfig
 from megatron_m1.training.spool import read_steps
 from tests import tolerances
 from tests.training import lives
-from tests.training.tiny_run import data_in, write_run_file, write_shards
+from tests.training.tiny_run import SMALLEST, data_in, write_run_file, write_shards
 
 pytestmark = pytest.mark.multiprocess
 
 STEPS = 12
+MODEL = {"model": SMALLEST["model"]}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def uninterrupted(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of a run that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    life = lives.start(write_run_file(run_dir, data, steps=STEPS))
+    life = lives.start(write_run_file(run_dir, data, steps=STEPS, **MODEL))
     assert life.wait(300) == 0
     return run_dir
 
@@ -40,10 +41,11 @@ def uninterrupted(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
     data: DataConfig, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run_file = write_run_file(tmp_path / "killed", data, steps=STEPS)
+    run_file = write_run_file(tmp_path / "killed", data, steps=STEPS, **MODEL)
     moments = random.Random(os.getpid())
-    for life in range(2):
-        process = lives.start(run_file)
+    # a user's start and its launcher are killed as whole as ranks are
+    for life, start in enumerate((lives.start_command, lives.start)):
+        process = start(run_file)
         lives.wait_for_step(tmp_path / "killed", process, 3 + 4 * life)
         time.sleep(moments.uniform(0.0, 0.5))
         lives.kill(process)
@@ -55,7 +57,7 @@ def test_a_run_killed_during_a_save_equals_the_uninterrupted_one(
     data: DataConfig, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "torn"
-    run_file = write_run_file(run_dir, data, steps=STEPS)
+    run_file = write_run_file(run_dir, data, steps=STEPS, **MODEL)
     process = lives.start(run_file)
     deadline = time.monotonic() + 120
     # a save is under way while its directory has not got its final name; the first one may be over too soon to see
@@ -71,7 +73,7 @@ def test_a_run_resumed_under_other_layouts_stays_the_same_to_tolerance(
     data: DataConfig, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "resharded"
-    first = write_run_file(run_dir, data, steps=STEPS)
+    first = write_run_file(run_dir, data, steps=STEPS, **MODEL)
     life = lives.start(first)
     lives.wait_for_step(run_dir, life, 5)
     lives.kill(life)
