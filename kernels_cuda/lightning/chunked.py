@@ -173,6 +173,14 @@ def store_sum(
             torch.addcmul(intra_HlV, inter_HlV, tables.tile(q_HlK.shape[1]).enter_HL1, out=o_HlV)
 
 
+def kept_scores(scores_THC: torch.Tensor, block: Block) -> torch.Tensor:
+    """The place of the block's decayed scores in memory for those of all tokens, as [A, L, L]; shorter tiles leave
+    some of theirs free."""
+    num_heads, tokens = scores_THC.shape[1], block.tile_tokens
+    shape = (block.num_tiles * num_heads, tokens, tokens)
+    return scores_THC[block.start : block.stop].view(-1)[: prod(shape)].view(shape)
+
+
 class StateWalk:
     """Walks the blocks in (reversed) time: takes their tokens into the states, and tells which states enter them."""
 
@@ -284,12 +292,13 @@ def scan_into(
     reverse: bool,
     scale: float,
     state_out_NHKV: torch.Tensor | None,
+    scores_THC: torch.Tensor | None = None,
 ) -> None:
     """Lightning attention of the N documents that are spans of a pack; arguments already checked.
 
     q, k [T, H, K], v [T, H, V] with any strides; slopes [H]; states [N, H, K, V] in the state dtype; spans ascend but
-    need not touch. Written: the rows of o [T, H, V] in the spans, and the states after each document's last token
-    (first, if reversed).
+    need not touch. Written: the rows of o [T, H, V] in the spans, the states after each document's last token (first,
+    if reversed), and (Q K^T) * M of each tile into scores, [T, H, CHUNK_TOKENS] in the dtype of q, for the backward.
     """
     q_THK, k_THK, v_THV = operands
     tables = DecayTables(slopes_H, reverse, scale, q_THK.dtype)
@@ -297,7 +306,12 @@ def scan_into(
     walk = StateWalk(blocks_for(q_THK, spans), tables, workspace, state_in_NHKV, state_out_NHKV)
     for block in walk.blocks:
         q, k, v = (load(block, x, name, workspace) for x, name in ((q_THK, "q"), (k_THK, "k"), (v_THV, "v")))
-        scores = workspace.lend("scores", (*q.shape[:2], k.shape[1]), q.dtype)
+        if scores_THC is None:
+            scores = workspace.lend("scores", (*q.shape[:2], k.shape[1]), q.dtype)
+        else:
+            if block.tile_tokens < CHUNK_TOKENS:
+                scores_THC[block.start : block.stop].zero_()
+            scores = kept_scores(scores_THC, block)
         intra = product(decayed_scores(q, k, block, tables, scores), v, "intra", workspace)
         store_sum(o_THV, intra, q, walk.step(block, k, v), block, tables, workspace)
 
@@ -313,11 +327,13 @@ def scan_backward_into(
     reverse: bool,
     scale: float,
     last_state_NHKV: torch.Tensor | None,
+    scores_THC: torch.Tensor | None = None,
 ) -> None:
     """The three backward scans of op.py in two walks: dq with time, then dk and dv against it.
 
     The second walk keeps one state R for both (dk reads its transpose) and reuses the decayed dO V^T of the first.
-    later_state: what enters the second walk. Written: the spans' rows of dq, dk and dv, and R at its end.
+    later_state: what enters the second walk. scores: what scan_into kept; without it they are computed again.
+    Written: the spans' rows of dq, dk and dv, and R at its end.
     """
     q_THK, k_THK, v_THV = operands
     grad_q, grad_k, grad_v = gradients
@@ -342,8 +358,12 @@ def scan_backward_into(
         v = load(block, v_THV, "v", workspace)
         store_sum(grad_k, intra_k, v, states_t, block, against, workspace)
         k = load(block, k_THK, "v", workspace)
-        scores = workspace.lend("scores", (*k.shape[:2], q.shape[1]), k.dtype)
-        intra_v = product(decayed_scores(k, q, block, against, scores), grad, "intra", workspace)
+        if scores_THC is None:
+            scores_t = workspace.lend("scores", (*k.shape[:2], q.shape[1]), k.dtype)
+            decayed_scores(k, q, block, against, scores_t)
+        else:
+            scores_t = kept_scores(scores_THC, block).mT
+        intra_v = product(scores_t, grad, "intra", workspace)
         store_sum(grad_v, intra_v, k, states, block, against, workspace)
 
 

@@ -74,7 +74,7 @@ def lightning_decode(
     return torch.ops.m1.lightning_decode(q, k, v, slopes, state, scale)
 
 
-def _check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
+def check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
     """Everything that needs no values; returns the number of documents."""
     check.check_operands(q, k, v, "[T, H, head_dim]")
     check.check_slopes_shape(slopes, q)
@@ -89,7 +89,7 @@ def _check_shapes(q, k, v, slopes, state_in, cu_seqlens) -> int:
 def _lightning_attention(
     q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
 ):
-    num_documents = _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
+    num_documents = check_shapes(q, k, v, slopes, state_in, cu_seqlens)
     check.check_scale(scale)
     check.check_slopes_values(slopes)
     spans = spans_of(check.checked_borders(cu_seqlens, q.shape[0]))
@@ -107,7 +107,7 @@ def _new_states(q: torch.Tensor, v: torch.Tensor, num_states: int) -> torch.Tens
 def _lightning_attention_fake(
     q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True
 ):
-    num_documents = _check_shapes(q, k, v, slopes, state_in, cu_seqlens)
+    num_documents = check_shapes(q, k, v, slopes, state_in, cu_seqlens)
     return q.new_empty(v.shape), _new_states(q, v, num_documents if output_state else 0)
 
 

@@ -24,10 +24,14 @@ def scan_into(
     reverse: bool = False,
     scale: float = 1.0,
     state_out: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> None:
-    """Write the rows of o that lie in the spans, each a document of its own, and their last states."""
-    serve = sm90.scan_into if sm90.can_serve(*operands, o) else chunked.scan_into
-    serve(o, operands, slopes, state_in, spans, reverse, scale, state_out)
+    """Write the rows of o that lie in the spans, each a document of its own, their last states, and (chunked path
+    only) the decayed scores that scan_backward_into may take."""
+    if sm90.can_serve(*operands, o):
+        sm90.scan_into(o, operands, slopes, state_in, spans, reverse, scale, state_out)
+    else:
+        chunked.scan_into(o, operands, slopes, state_in, spans, reverse, scale, state_out, scores)
 
 
 def scan_backward_into(
@@ -41,11 +45,14 @@ def scan_backward_into(
     reverse: bool = False,
     scale: float = 1.0,
     last_state: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> None:
     """Write the spans' rows of dq, then call later_state, then write those of dk and dv and the walk's last states."""
-    served = sm90.can_serve(*operands, grad_o, *gradients)
-    serve = sm90.scan_backward_into if served else chunked.scan_backward_into
-    serve(gradients, grad_o, later_state, operands, slopes, state_in, spans, reverse, scale, last_state)
+    arguments = gradients, grad_o, later_state, operands, slopes, state_in, spans, reverse, scale, last_state
+    if sm90.can_serve(*operands, grad_o, *gradients):
+        sm90.scan_backward_into(*arguments)
+    else:
+        chunked.scan_backward_into(*arguments, scores)
 
 
 def leaving_states(

@@ -44,18 +44,18 @@ def counted(kernel):
     return count
 
 
-def scan(q, k, v, slopes, state_in=None, cu_seqlens=None, reverse=False, scale=1.0, output_state=True):
+def scan(qkv, slopes, cu_seqlens, keep_scores):
     """With a state before and after every document, so that no block can skip the work on states."""
     borders = tuple(cu_seqlens.tolist())
-    state_in = q.new_zeros(len(borders) - 1, q.shape[1], q.shape[2], v.shape[2])
-    return lightning_scan(q, k, v, slopes, state_in, borders, reverse, scale, True)
+    state_in = qkv.new_zeros(len(borders) - 1, qkv.shape[1], qkv.shape[3], qkv.shape[3])
+    return lightning_scan(*qkv.unbind(2), slopes, state_in, borders)
 
 
 def counter() -> FlopCounterMode:
     ops = torch.ops.m1
     formulas = {
         FLASH: counted(lambda q, k, v, *_: q @ k.transpose(-1, -2) @ v),
-        ops.lightning_attention: counted(scan),
+        ops.lightning_projection: counted(scan),
         ops.grouped_mlp: counted(
             lambda x, gate_up, down, rows, weights, *_: experts.grouped_forward(
                 x, gate_up, down, rows, weights
@@ -98,7 +98,7 @@ def test_formula_equals_a_counted_forward(lengths, alone):
     lightning_layers, head_dim = 3, TINY.head_dim
     pair_flops = 4 * channels * tokens * block
     state_flops = 4 * channels * head_dim * tokens
-    assert forward[ops.m1.lightning_attention] == lightning_layers * (pair_flops + state_flops)
+    assert forward[ops.m1.lightning_projection] == lightning_layers * (pair_flops + state_flops)
     triangle = math.comb(block + 1, 2) * 4 * channels * tokens // block
     assert flops.lightning == lightning_layers * (triangle + state_flops)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels_cuda.lightning import projection
 from kernels_cuda.lightning.op import lightning_attention, lightning_decode
 from kernels_cuda.lightning.projection import lightning_of_projection
 from kernels_cuda.lightning.reference import recurrence
+from kernels_cuda.lightning.spans import scan_into
 
 SLOPES = torch.tensor([0.3, 2.0])
 BORDERS = torch.tensor([0, 5, 6, 6, 23], dtype=torch.int32)
@@ -98,10 +100,53 @@ def test_the_gradient_of_a_projection_is_the_three_gradients_in_their_places():
         results.append((o, *torch.autograd.grad([(o * weight).sum() + o.sum()], [qkv])))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
-    arguments = (weight, qkv.detach(), SLOPES, borders)
-    torch.library.opcheck(torch.ops.m1.lightning_projection_backward, arguments)
+    operands = (qkv.detach(), SLOPES, borders)
+    for keep_scores in (False, True):
+        torch.library.opcheck(torch.ops.m1.lightning_projection, (*operands, keep_scores))
+        scores = torch.ops.m1.lightning_projection(*operands, keep_scores)[1]
+        torch.library.opcheck(torch.ops.m1.lightning_projection_backward, (weight, *operands, scores))
     with pytest.raises(ValueError, match=r"qkv has shape \(150, 3, 2, 8\): \[T, H, 3, head_dim\] is allowed"):
         lightning_of_projection(qkv.transpose(1, 2), SLOPES, borders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("borders", [[0, 700], [0, 5, 5, 70, 200, 201, 263, 700], list(range(0, 701, 7))])
+def test_scores_that_the_forward_kept_give_the_gradients_of_scores_computed_again(borders, dtype):
+    torch.manual_seed(5)
+    operands = (torch.randn(700, 2, 3, 64).to(dtype), SLOPES, torch.tensor(borders, dtype=torch.int32))
+    grad_o = torch.randn(700, 2, 64).to(dtype)
+    backward = torch.ops.m1.lightning_projection_backward
+    (o, none), (o_kept, scores) = (
+        torch.ops.m1.lightning_projection(*operands, keep) for keep in (False, True)
+    )
+    assert torch.equal(o, o_kept)
+    assert none.shape == (0, 2, 64)
+    again, kept = (backward(grad_o, *operands, x).double() for x in (none, scores))
+    # the same sums, of products that a library may add in another order
+    limit = {torch.float64: 1e-15, torch.float32: 1e-7, torch.bfloat16: 1e-3}[dtype]
+    assert (kept - again).norm() <= limit * again.norm()
+    zeroed = backward(grad_o, *operands, torch.zeros_like(scores)).double()
+    assert torch.equal(zeroed[:, :, :2], kept[:, :, :2])
+    assert not torch.allclose(zeroed[:, :, 2], kept[:, :, 2], atol=0.1), (
+        "dv comes of the scores that are kept"
+    )
+
+
+def test_scores_are_kept_only_for_a_backward(monkeypatch):
+    kept: list[bool] = []
+
+    def spied(*arguments, scores: torch.Tensor | None) -> None:
+        kept.append(scores is not None)
+        scan_into(*arguments, scores=scores)
+
+    monkeypatch.setattr(projection, "scan_into", spied)
+    qkv = torch.randn(130, 2, 3, 8)
+    lightning_of_projection(qkv, SLOPES)
+    lightning_of_projection(qkv.requires_grad_(), SLOPES)
+    # as the first pass under activation checkpointing
+    with torch.no_grad():
+        lightning_of_projection(qkv, SLOPES)
+    assert kept == [False, True, False]
 
 
 def test_meta_tensors_give_shapes_and_compile_keeps_the_gradient():
