@@ -16,6 +16,8 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge ip
 BENCHES := $(wildcard tests/bench/*.py)
 # Ranks are processes: one thread each, or they fight for the cores.
 export OMP_NUM_THREADS ?= 1
+# A rank that finds no compiled sources compiles all of ours, at every start of a life.
+unexport PYTHONDONTWRITEBYTECODE
 
 venv: $(STAMP)
 

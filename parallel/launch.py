@@ -184,6 +184,8 @@ def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float
     if not torch.cuda.is_available():
         cores = os.cpu_count() or 1
         shared |= {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "GLOO_SOCKET_IFNAME": "lo"}
+        # what parallel/cpu.py needs anyway: set before megatron-core is imported, it saves the import of a compiler
+        shared["TORCHDYNAMO_DISABLE"] = "1"
     command = [sys.executable, "-m", "megatron_m1", *arguments]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -31,6 +31,8 @@ ENDED = {
     "OUT_OF_MEMORY",
 }
 _LOCAL_MIB = 32
+# job numbers of a cluster
+_JOBS = 1000
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 
@@ -145,11 +147,18 @@ class Cluster:
         for index, node in enumerate(self.nodes):
             _quietly("ip", "link", "del", f"m1v{self.number}n{index}")
             _quietly("ip", "netns", "del", self._namespace(node))
-            # Slurm leaves its empty cgroups behind
-            for directory in sorted((_FREEZER / f"slurm_{node}").glob("**/"), reverse=True):
-                _quietly("rmdir", str(directory))
         _quietly("ip", "link", "del", f"m1b{self.number}")
+        self._remove_cgroups()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _remove_cgroups(self) -> None:
+        """Slurm leaves its empty cgroups behind; clusters side by side have those above the jobs in common."""
+        alone = not any(name.startswith("m1b") for name in os.listdir("/sys/class/net"))
+        for node in self.nodes:
+            for directory in sorted((_FREEZER / f"slurm_{node}").glob("**/"), reverse=True):
+                job = re.search(r"/job_(\d+)", str(directory))
+                if alone or (job and int(job[1]) // _JOBS == self.number):
+                    _quietly("rmdir", str(directory))
 
     def start_node(self, node: str) -> None:
         """Boot a node."""
@@ -238,7 +247,7 @@ class Cluster:
                 # without it the ranks of a dead step live on, which no site's do
                 proctrack="cgroup" if os.access(_FREEZER / "cgroup.procs", os.W_OK) else "linuxproc",
                 # numbers of another cluster's jobs would name the same cgroups
-                first_job=1000 * self.number + 1,
+                first_job=_JOBS * self.number + 1,
                 nodes="\n".join(nodes),
             )
         )

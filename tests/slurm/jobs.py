@@ -14,11 +14,12 @@ from tests.faults.life import WORLD_SIZE, Life
 from tests.slurm.cluster import ENDED, Cluster, wait_until
 from tests.spawn import ROOT
 from tests.training.lives import steps_by_life
-from tests.training.tiny_run import write_run_file
+from tests.training.tiny_run import SMALLEST, write_run_file
 
 SAVE_EVERY = 5
 # No shell may read any of this as a command, and no Slurm as a pattern of its own.
 UGLY = 'a "run" it\'s $(touch pwned) `touch pwned` 50%j &#1'
+# without TORCHDYNAMO_DISABLE, which ranks without a GPU set when they have started, each of them imports a compiler
 SITE = """\
 time: "30:00"
 gpus_per_node: 0
@@ -27,7 +28,7 @@ signal_before_end_s: 50
 preflight:
   {scratch_dir: LOCAL, min_scratch_gib: 0.01, min_run_dir_gib: 0.1, min_write_mib_per_s: 0.1,
     max_clock_offset_s: 30.0, wait_s: 60.0}
-environment: {OMP_NUM_THREADS: "1"}
+environment: {OMP_NUM_THREADS: "1", TORCHDYNAMO_DISABLE: "1"}
 """
 
 
@@ -46,9 +47,8 @@ def endless_run(
         run_dir,
         data,
         steps=steps,
-        layout={"tp": 2, "pp": 2, "ep": 1},
         checkpoint=checkpoint,
-        training={"end_margin_s": margin_s},
+        **SMALLEST | {"training": SMALLEST["training"] | {"end_margin_s": margin_s}},
     )
 
 
