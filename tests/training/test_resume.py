@@ -59,8 +59,10 @@ def test_a_run_killed_during_a_save_equals_the_uninterrupted_one(
     run_dir = tmp_path / "torn"
     run_file = write_run_file(run_dir, data, steps=STEPS, **MODEL)
     process = lives.start(run_file)
+    # the next life has a checkpoint to go on from, and a torn one to leave alone
+    lives.wait_for_checkpoint(run_dir, process, 2)
     deadline = time.monotonic() + 120
-    # a save is under way while its directory has not got its final name; the first one may be over too soon to see
+    # a save is under way while its directory has not got its final name
     while not list((run_dir / "checkpoints").glob("*partial*")):
         assert process.poll() is None, "the run ended before a save was seen"
         assert time.monotonic() < deadline
