@@ -51,15 +51,34 @@ inline int zero_device_memory(void* address, size_t bytes, void* stream) {
   return cudaMemsetAsync(address, 0, bytes, static_cast<Stream>(stream));
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(parameters) and reports the launch's own error.
+// Launches `blocks` blocks in clusters of `together` and reports the launch's own error.
 template <typename Parameters>
-int launch(void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void* stream,
-           const Parameters& parameters) {
+int launch_together(int together, void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void* stream,
+                    const Parameters& parameters) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<blocks, threads, shared_bytes, static_cast<Stream>(stream)>>>(parameters);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(together), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<Stream>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = together > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, parameters);
+}
+template <typename Parameters>
+int launch(void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void* stream,
+           const Parameters& parameters) {
+  return launch_together(1, kernel, blocks, threads, shared_bytes, stream, parameters);
+}
+template <typename Parameters>
+int launch_pairs(void (*kernel)(Parameters), int pairs, int threads, int shared_bytes, void* stream,
+                 const Parameters& parameters) {
+  return launch_together(2, kernel, 2 * pairs, threads, shared_bytes, stream, parameters);
 }
 
 }  // namespace m1

@@ -32,6 +32,17 @@ M1_DEVICE void sync_block() { __syncthreads(); }
 M1_DEVICE void sync_named(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// 0 or 1: which block of its pair this is. Blocks 2 i and 2 i + 1 of launch_pairs run at the same time and reach each
+// other's shared memory, through addresses from in_block.
+M1_DEVICE uint32_t rank_in_pair() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of both blocks of a pair. Orders no writes but what a fence has published (fence_barrier_init).
+M1_DEVICE void sync_pair() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
 // The same value in every lane of a warp, so that the compiler keeps it in a uniform register.
 M1_DEVICE uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 M1_DEVICE float sum_over_warp(float value) {
@@ -74,6 +85,12 @@ M1_DEVICE uint32_t shared_base() {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
 }
+// Where block `rank` of the pair has what this block has at `address`; plain loads and stores do not reach there.
+M1_DEVICE uint32_t in_block(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
 M1_DEVICE void store_shared_zero16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
@@ -83,6 +100,11 @@ M1_DEVICE uint4 load_shared16(uint32_t address) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "r"(address)
                : "memory");
+  return x;
+}
+M1_DEVICE uint32_t load_shared4(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
 M1_DEVICE void store_shared_float(uint32_t address, float value) {
@@ -148,6 +170,22 @@ M1_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same for a barrier of either block of the pair, at an address from in_block. Neither makes this thread's writes
+// seen there (a fence for the whole device, which no loop can afford, would): send what is to be seen by store_pair16.
+M1_DEVICE void barrier_expect_pair(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+M1_DEVICE void barrier_arrive_pair(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Writes 16 bytes on the side of the pair where `barrier` is, which learns of them as of the copy engine's.
+M1_DEVICE void store_pair16(uint32_t address, uint4 x, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+               : "memory");
+}
+
 // ---- the bulk copy engine ------------------------------------------------------------------------------------------
 M1_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -157,6 +195,15 @@ M1_DEVICE void tma_load_3d(uint32_t destination, const TensorMap* map, uint32_t 
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
           destination),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+// To the same place in every block of the pair whose bit is set in `blocks`; the barrier there learns of the bytes.
+M1_DEVICE void tma_load_pair_3d(uint32_t destination, const TensorMap* map, uint32_t barrier, uint16_t blocks, int c0,
+                                int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
       : "memory");
 }
 // Brings a box into the second-level cache, for ordinary loads that come a little later.

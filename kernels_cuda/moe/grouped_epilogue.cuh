@@ -141,8 +141,8 @@ M1_DEVICE void send_gradient(const float (&values)[128], const WarpRows& mine, c
 }
 
 // Columns 0 to 127 of the tile are gate, 128 to 255 up, of the same 128 ffn columns from left.
-M1_DEVICE void store_swiglu(const float (&values)[128], const WarpRows& mine, const M1GateUp& call, int left) {
-  const RowWeights weights = load_row_weights(call.row_weights, mine);
+M1_DEVICE void store_swiglu(const float (&values)[128], const WarpRows& mine, const RowWeights& weights,
+                            const M1GateUp& call, int left) {
   const int width = call.ffn_width;
   uint16_t* hidden = static_cast<uint16_t*>(call.hidden) + int64_t(mine.first_row) * 2 * width + left;
   uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;
@@ -188,20 +188,27 @@ M1_DEVICE SwigluGradient swiglu_gradient(float d, float gate, float up, float we
   return {d * (weight * up * (slope + silu * (1.0f - slope))), d * (weight * silu), act * weight, d * act};
 }
 
+// What backward reads of hidden comes through the ring behind the tile's depth, 64 columns a stage: gate of the upper
+// 64 rows and of the lower, then up.
+constexpr int kHiddenStages = kTileWidth / int(kTileColumns);
+constexpr int kHiddenBoxes = 2 * kLeftBoxes;
+static_assert(kHiddenBoxes <= kLeftBoxes + kRightBoxes, "a stage holds them");
+
 // Gate and up words of one step: what this lane needs of its two rows.
 struct HiddenWords {
   uint32_t gate[kStepWords], up[kStepWords];
 };
 
-M1_DEVICE HiddenWords load_hidden(const uint16_t* const (&rows)[2], int width, int step, int columns) {
+// `warp` counts from the first that multiplies; column is the step's first among the stage's 64.
+M1_DEVICE HiddenWords load_hidden(const Ring& ring, const WarpRows& mine, int warp, int column) {
   HiddenWords words;
+  const uint32_t gate = ring.left() + warp / 4 * kTileBytes;
 #pragma unroll
   for (int i = 0; i < kStepWords; ++i) {
-    const int column = step * kStepColumns + i / 2 * 8;
-    words.gate[i] = words.up[i] = 0;
-    if (column >= columns) continue;
-    words.gate[i] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + column);
-    words.up[i] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + width + column);
+    const uint32_t row = warp % 4 * 16 + mine.row(i % 2);
+    const uint32_t place = swizzled(row, column / 8 + i / 2) + mine.lane % 4 * 4;
+    words.gate[i] = load_shared4(gate + place);
+    words.up[i] = load_shared4(gate + kLeftBoxes * kTileBytes + place);
   }
   return words;
 }
@@ -219,30 +226,20 @@ M1_DEVICE void add_to_row_sum(const WarpRows& mine, int half, bool first, float 
 
 // The tile is dL/d(weighted activation); writes d_hidden, the weighted activation, and this lane's share of every
 // row's <d, activation> at partials[row][4 * column tile + lane % 4].
-M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows& mine, const M1DownBackward& call,
-                                     int left) {
-  if (mine.num_rows == 0) return;
-  const RowWeights weights = load_row_weights(call.row_weights, mine);
+M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows& mine, const RowWeights& weights,
+                                     const M1DownBackward& call, int left, Ring& ring, int warp) {
   const int width = call.ffn_width;
-  // A row that does not exist reads the last one that does, so that loads need no predicate of their own.
-  const uint16_t* hidden[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = mine.first_row + (mine.row(half) < mine.num_rows ? mine.row(half) : mine.num_rows - 1);
-    hidden[half] = static_cast<const uint16_t*>(call.hidden) + int64_t(row) * 2 * width + left + mine.lane % 4 * 2;
-  }
   uint16_t* d_hidden = static_cast<uint16_t*>(call.d_hidden) + int64_t(mine.first_row) * 2 * width + left;
   uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;
-  // The next step's words are on their way while this one is computed.
-  HiddenWords next = load_hidden(hidden, width, 0, width - left);
 #pragma unroll
   for (int pass = 0; pass < kTileWidth / kPassColumns; ++pass) {
+    constexpr int kPassesPerStage = int(kTileColumns) / kPassColumns;
+    if (pass % kPassesPerStage == 0) barrier_wait(ring.full(), ring.parity);
     float row_sums[2] = {};
 #pragma unroll
     for (int step = 0; step < kStepsPerPass; ++step) {
-      const int next_step = pass * kStepsPerPass + step + 1;
-      const HiddenWords words = next;
-      next = load_hidden(hidden, width, next_step, next_step < kTileWidth / kStepColumns ? width - left : 0);
+      const int column_in_stage = pass % kPassesPerStage * kPassColumns + step * kStepColumns;
+      const HiddenWords words = load_hidden(ring, mine, warp, column_in_stage);
       const float* d = values + pass * kPassAccumulators + step * kStepAccumulators;
       uint32_t d_gate[kStepWords], d_up[kStepWords], result[kStepWords];
 #pragma unroll
@@ -264,6 +261,10 @@ M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows&
 #pragma unroll
     for (int half = 0; half < 2; ++half) add_to_row_sum(mine, half, pass == 0, row_sums[half]);
     sync_warp();
+    if (pass % kPassesPerStage == kPassesPerStage - 1) {
+      release_stage(ring, mine.lane);
+      ring.advance();
+    }
     const int column = pass * kPassColumns;
     const int columns = call.ffn_width - left - column;
     copy_out(mine, mine.staging, d_hidden + column, 2 * width, columns);

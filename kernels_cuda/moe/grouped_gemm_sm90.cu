@@ -1,8 +1,9 @@
-// Matrix products over rows grouped by expert, for sm_90a: TMA loads, wgmma, persistent blocks, SwiGLU in the epilogue.
+// Matrix products over rows grouped by expert, for sm_90a: TMA loads that serve pairs of blocks, wgmma, persistent
+// blocks, SwiGLU in the epilogue.
 //
 // One kernel, six uses (Use below). Forward: gate_up with SwiGLU, then the product with down. Backward: d_y down with
 // the derivative of SwiGLU, the product with gate_up, two weight gradients whose depth is an expert's rows. Weights
-// are read as they lie, K-major or not: wgmma transposes either operand from shared memory. Which block computes a tile
+// are read as they lie, K-major or not: wgmma transposes either operand from shared memory. Which pair computes a tile
 // is decided as they go; the order of each sum is not, so two runs are bit-equal.
 // Source: MiniMax-01 (arXiv 2501.08313), section 2.1; backward without Y: SonicMoE (arXiv 2512.14080).
 #include "grouped_epilogue.cuh"
@@ -18,8 +19,9 @@ struct Traits {
   static constexpr bool kLeftTransposed = kGradient;
   static constexpr bool kRightTransposed =
       kGradient || kUse == Use::kProductTransposed || kUse == Use::kDownBackward;
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kMultiplyRegisters = 232;
+  static constexpr int kColumnsPerTile = kUse == Use::kGateUp ? kTileWidth / 2 : kTileWidth;
+  static constexpr int kLoadRegisters = 56;
+  static constexpr int kMultiplyRegisters = 224;
   static_assert(kLoadRegisters + 2 * kMultiplyRegisters <= 3 * 168, "a block starts with 168 registers a thread");
 };
 
@@ -35,103 +37,159 @@ struct Parameters {
 };
 
 template <Use kUse, typename Call>
-M1_DEVICE auto tiles_of(const Parameters<Call>& p) {
-  if constexpr (Traits<kUse>::kGradient) {
-    return GradientTiles(p.call.group, p.height, p.columns);
-  } else {
-    return ProductTiles(p.call.group, p.columns, kUse == Use::kGateUp ? kTileWidth / 2 : kTileWidth);
-  }
-}
-
-template <Use kUse, typename Call>
 M1_DEVICE int depth_of(const Parameters<Call>& p, const Tile& tile) {
   return Traits<kUse>::kGradient ? tile.num_rows : p.depth;
 }
 
+// The tile of block `rank` of the pair.
+template <Use kUse>
+M1_DEVICE Tile tile_of(const TilePair& pair, int rank) {
+  Tile tile = pair.first;
+  if (pair.side_by_side) {
+    tile.left += rank * Traits<kUse>::kColumnsPerTile;
+    return tile;
+  }
+  tile.top += rank * kTileHeight;
+  if (Traits<kUse>::kGradient) return tile;
+  tile.first_row += rank * kTileHeight;
+  tile.num_rows -= rank * kTileHeight;
+  return tile;
+}
+
+// The lower half of a tile's rows is not read where none of them exists (skip_tile).
+template <Use kUse>
+M1_DEVICE bool upper_half_only(const Tile& tile) {
+  return !Traits<kUse>::kGradient && tile.num_rows <= 64;
+}
+
+// Which blocks of the pair a box goes to, a bit each.
+constexpr uint16_t kBoth = 3;
+
 template <Use kUse, typename Call>
-M1_DEVICE void load_stage(const Parameters<Call>& p, const Tile& tile, const Ring& ring, int k) {
-  // The lower half of a tile's rows is not read where none of them exists (skip_tile).
-  const bool upper_half_only = !Traits<kUse>::kGradient && tile.num_rows <= 64;
-  barrier_expect(ring.full(), upper_half_only ? kStageBytes - kTileBytes : kStageBytes);
+M1_DEVICE void load_left(const Parameters<Call>& p, const Tile& tile, const Ring& ring, int k, uint16_t blocks) {
 #pragma unroll
   for (int box = 0; box < kLeftBoxes; ++box) {
-    if (box == 1 && upper_half_only) break;
+    if (box == 1 && upper_half_only<kUse>(tile)) break;
     const uint32_t to = ring.left() + box * kTileBytes;
     if constexpr (Traits<kUse>::kLeftTransposed) {
-      tma_load_3d(to, &p.left_map, ring.full(), tile.top + 64 * box, tile.first_row + k, 0);
+      tma_load_pair_3d(to, &p.left_map, ring.full(), blocks, tile.top + 64 * box, tile.first_row + k, 0);
     } else {
-      tma_load_3d(to, &p.left_map, ring.full(), k, tile.first_row + 64 * box, 0);
+      tma_load_pair_3d(to, &p.left_map, ring.full(), blocks, k, tile.first_row + 64 * box, 0);
     }
   }
+}
+
+template <Use kUse, typename Call>
+M1_DEVICE void load_right(const Parameters<Call>& p, const Tile& tile, const Ring& ring, int k, uint16_t blocks) {
 #pragma unroll
   for (int box = 0; box < kRightBoxes; ++box) {
     const uint32_t to = ring.right() + box * kTileBytes;
+    const int left = tile.left + 64 * box;
     if constexpr (Traits<kUse>::kGradient) {
-      tma_load_3d(to, &p.right_map, ring.full(), tile.left + 64 * box, tile.first_row + k, 0);
+      tma_load_pair_3d(to, &p.right_map, ring.full(), blocks, left, tile.first_row + k, 0);
     } else if constexpr (Traits<kUse>::kRightTransposed) {
-      tma_load_3d(to, &p.right_map, ring.full(), tile.left + 64 * box, k, tile.expert);
+      tma_load_pair_3d(to, &p.right_map, ring.full(), blocks, left, k, tile.expert);
     } else if constexpr (kUse == Use::kGateUp) {
       // Boxes 0 and 1 are gate, 2 and 3 up: one thread then holds both of a place.
-      tma_load_3d(to, &p.right_map, ring.full(), k, tile.left + 64 * (box % 2), 2 * tile.expert + box / 2);
+      tma_load_pair_3d(to, &p.right_map, ring.full(), blocks, k, tile.left + 64 * (box % 2), 2 * tile.expert + box / 2);
     } else {
-      tma_load_3d(to, &p.right_map, ring.full(), k, tile.left + 64 * box, tile.expert);
+      tma_load_pair_3d(to, &p.right_map, ring.full(), blocks, k, left, tile.expert);
     }
   }
 }
 
-// Waits for a free stage and writes down the tile that starts with it.
-M1_DEVICE void announce(const Ring& ring, const Tile& tile) {
-  barrier_wait(ring.empty(), ring.parity ^ 1);
-  store_shared16(ring.tile(), {uint32_t(tile.expert), uint32_t(tile.first_row), uint32_t(tile.num_rows), 0});
-  store_shared16(ring.tile() + 16, {uint32_t(tile.top), uint32_t(tile.left), 0, 0});
-}
-
-// Blocks in step reach their epilogues together and would all wait for memory: it is read while they still multiply,
-// but not long before, when the weights that stream by would drive it out of the cache again.
-constexpr int kPrefetchDepth = 8 * kTileDepth;
-
-M1_DEVICE void prefetch_hidden(const TensorMap& map, const Tile& tile) {
-  for (int box = 0; box < kLeftBoxes * kRightBoxes; ++box)
-    for (int part = 0; part < 2; ++part)
-      tma_prefetch_3d(&map, tile.left + box % kRightBoxes * 64, tile.first_row + box / kRightBoxes * 64, part);
+// So many bytes are to come before this stage is full, in either block.
+M1_DEVICE void expect(const Ring& ring, uint32_t bytes) {
+  barrier_expect(ring.full(), bytes);
+  barrier_expect_pair(ring.in(1).full(), bytes);
 }
 
 template <Use kUse, typename Call>
-M1_DEVICE void load_tile(const Parameters<Call>& p, Ring& ring, const Tile& tile) {
-  const int depth = depth_of<kUse>(p, tile);
-  const int last_stages = depth > kPrefetchDepth ? (depth - kPrefetchDepth) / kTileDepth * kTileDepth : 0;
-  announce(ring, tile);
-  for (int k = 0; k < depth; k += kTileDepth, ring.advance()) {
+M1_DEVICE void load_stage(const Parameters<Call>& p, const TilePair& pair, const Ring& ring, int k) {
+  if (pair.side_by_side) {
+    load_left<kUse>(p, pair.first, ring, k, kBoth);
+    for (int rank = 0; rank < 2; ++rank) load_right<kUse>(p, tile_of<kUse>(pair, rank), ring, k, 1 << rank);
+  } else {
+    for (int rank = 0; rank < 2; ++rank) load_left<kUse>(p, tile_of<kUse>(pair, rank), ring, k, 1 << rank);
+    load_right<kUse>(p, pair.first, ring, k, kBoth);
+  }
+}
+
+// Sends each block the tile that starts with this stage.
+template <Use kUse>
+M1_DEVICE void announce(const Ring& ring, const TilePair& pair) {
+  for (int rank = 0; rank < 2; ++rank) {
+    const Tile tile = tile_of<kUse>(pair, rank);
+    const Ring there = ring.in(rank);
+    store_pair16(there.tile(), {uint32_t(tile.expert), uint32_t(tile.first_row), uint32_t(tile.num_rows), 0},
+                 there.full());
+    store_pair16(there.tile() + 16, {uint32_t(tile.top), uint32_t(tile.left), 0, 0}, there.full());
+  }
+}
+
+// What the epilogue of d_y down reads, behind the depth; see kHiddenStages.
+template <Use kUse>
+M1_DEVICE void load_hidden_stages(const TensorMap* map, Ring& ring, const TilePair& pair) {
+  const int halves = upper_half_only<kUse>(pair.first) ? 1 : kLeftBoxes;
+#pragma unroll 1
+  for (int stage = 0; stage < kHiddenStages; ++stage, ring.advance()) {
     barrier_wait(ring.empty(), ring.parity ^ 1);
-    load_stage<kUse>(p, tile, ring, k);
-    if (kUse == Use::kDownBackward && k == last_stages) prefetch_hidden(p.epilogue_map, tile);
-  }
-  // A gradient of no rows has a stage too, an empty one, that tells of the tile.
-  if (depth == 0) {
-    barrier_arrive(ring.full());
-    ring.advance();
+    expect(ring, 2 * halves * kTileBytes);
+    for (int rank = 0; rank < 2; ++rank) {
+      const Tile tile = tile_of<kUse>(pair, rank);
+      for (int box = 0; box < kHiddenBoxes; ++box)
+        if (box % kLeftBoxes < halves)
+          tma_load_pair_3d(ring.left() + box * kTileBytes, map, ring.full(), 1 << rank, tile.left + 64 * stage,
+                           tile.first_row + 64 * (box % kLeftBoxes), box / kLeftBoxes);
+    }
   }
 }
 
-// A block empties the queue it begins with, then helps with the other.
 template <Use kUse, typename Call>
-M1_DEVICE void load_tiles(const Parameters<Call>& p, uint32_t base) {
-  Ring ring{base};
-  auto tiles = tiles_of<kUse>(p);
-  const int blocks = num_blocks();
-  bool short_ones = int(block_index()) >= blocks - tiles.short_blocks(blocks);
-  for (int queue = 0; queue < 2; ++queue, short_ones = !short_ones) {
-    int32_t* taken = p.call.group.taken_tiles + short_ones;
-    int index = take_ticket(taken);
-    for (Tile tile; tiles.find(short_ones, index, tile);) {
-      // Asked for now, needed when this tile's loads are out: the answer takes about a microsecond.
-      const int next = take_ticket(taken);
-      load_tile<kUse>(p, ring, tile);
-      index = next;
-    }
+M1_DEVICE void load_pair(const Parameters<Call>& p, Ring& ring, const TilePair& pair) {
+  const int depth = depth_of<kUse>(p, pair.first);
+  const uint32_t bytes = upper_half_only<kUse>(pair.first) ? kStageBytes - kTileBytes : kStageBytes;
+  int k = 0;
+  // A gradient of no rows has a stage too, an empty one, that tells of the tile.
+#pragma unroll 1
+  do {
+    barrier_wait(ring.empty(), ring.parity ^ 1);
+    expect(ring, (depth > 0 ? bytes : 0) + (k == 0 ? kTileWordsBytes : 0));
+    if (k == 0) announce<kUse>(ring, pair);
+    if (depth > 0) load_stage<kUse>(p, pair, ring, k);
+    ring.advance();
+  } while ((k += kTileDepth) < depth);
+  if constexpr (kUse == Use::kDownBackward) load_hidden_stages<kUse>(&p.epilogue_map, ring, pair);
+}
+
+template <Use kUse, typename Call, typename Tiles>
+M1_DEVICE void load_queue(const Parameters<Call>& p, Ring& ring, Tiles tiles, int32_t* taken) {
+  int index = take_ticket(taken);
+  for (TilePair pair; tiles.find(index, pair);) {
+    // Asked for now, needed when this pair's loads are out: the answer takes about a microsecond.
+    index = take_ticket(taken);
+    load_pair<kUse>(p, ring, pair);
   }
-  announce(ring, {kNoExpert, 0, 0, 0, 0});
-  barrier_arrive(ring.full());
+}
+
+// A product has two queues: a pair of blocks empties the one it begins with, then helps with the other.
+template <Use kUse, typename Call>
+M1_DEVICE void load_all(const Parameters<Call>& p, uint32_t base) {
+  Ring ring{base};
+  const M1Group& group = p.call.group;
+  if constexpr (Traits<kUse>::kGradient) {
+    load_queue<kUse>(p, ring, GradientTiles(group, p.height, p.columns), group.taken_tiles);
+  } else {
+    const int pairs = num_blocks() / 2;
+    bool short_ones = int(block_index() / 2) >= pairs - pairs_for_short_tiles(group, pairs);
+#pragma unroll 1
+    for (int queue = 0; queue < 2; ++queue, short_ones = !short_ones)
+      load_queue<kUse>(p, ring, ProductTiles(group, short_ones, p.columns, Traits<kUse>::kColumnsPerTile),
+                       group.taken_tiles + short_ones);
+  }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  expect(ring, kTileWordsBytes);
+  announce<kUse>(ring, {{kNoExpert, 0, 0, 0, 0}, false});
 }
 
 // A gradient's depth ends inside a stage: what follows belongs to another expert and may be NaN, so it becomes zero.
@@ -141,10 +199,6 @@ M1_DEVICE void zero_rows_from(const Ring& ring, int first_row, int thread) {
     store_shared_zero16(ring.left() + i / units * kTileBytes + first_row * kRowBytes + i % units * 16);
   fence_async_proxy();
   sync_named(1, 256);
-}
-
-M1_DEVICE void release_stage(const Ring& ring, int lane) {
-  if (lane == 0) barrier_arrive(ring.empty());
 }
 
 template <Use kUse>
@@ -185,21 +239,23 @@ M1_DEVICE void multiply_tile(float (&sums)[128], Ring& ring, int depth, int half
   if (depth == 0) ring.advance();
 }
 
-// The half of a tile that lies below its rows: its stages pass by unread.
+// A tile outside its matrix, or the half of one that lies below its rows: its stages pass by unread.
 M1_DEVICE void skip_tile(Ring& ring, int depth, int lane) {
-  for (int k = 0; k < depth; k += kTileDepth, ring.advance()) {
+  int k = 0;
+  do {
     barrier_wait(ring.full(), ring.parity);
     release_stage(ring, lane);
-  }
+    ring.advance();
+  } while ((k += kTileDepth) < depth);
 }
 
 template <Use kUse, typename Call>
 M1_DEVICE void store_result(const Parameters<Call>& p, const Tile& tile, const float (&sums)[128],
-                            const WarpRows& mine) {
+                            const WarpRows& mine, const RowWeights& weights, Ring& ring, int warp) {
   if constexpr (kUse == Use::kGateUp) {
-    store_swiglu(sums, mine, p.call, tile.left);
+    store_swiglu(sums, mine, weights, p.call, tile.left);
   } else if constexpr (kUse == Use::kDownBackward) {
-    store_swiglu_gradient(sums, mine, p.call, tile.left);
+    store_swiglu_gradient(sums, mine, weights, p.call, tile.left, ring, warp);
   } else if constexpr (Traits<kUse>::kGradient) {
     constexpr bool kAdds = kUse == Use::kGradientFp32;
     if (!kAdds || tile.num_rows > 0) send_gradient<kAdds>(sums, mine, &p.epilogue_map, tile);
@@ -229,15 +285,21 @@ M1_DEVICE void multiply_tiles(const Parameters<Call>& p, uint32_t base) {
   for (Tile tile; (tile = announced_tile(ring, lane)).expert != kNoExpert;) {
     const int depth = depth_of<kUse>(p, tile);
     const int height = Traits<kUse>::kGradient ? p.height - tile.top : tile.num_rows;
-    // A tail whose depth is zeroed needs all 256 threads, so only products skip.
-    if (!Traits<kUse>::kGradient && 64 * half >= height) {
-      skip_tile(ring, depth, lane);
+    // A tail whose depth is zeroed needs all 256 threads, so a gradient skips no half of a tile.
+    const int first = Traits<kUse>::kGradient ? 0 : 64 * half;
+    if (first >= height || tile.left >= p.columns) {
+      skip_tile(ring, depth + (kUse == Use::kDownBackward ? kHiddenStages * kTileDepth : 0), lane);
       continue;
     }
+    const WarpRows mine = warp_rows(base, warp, lane, tile.top, height);
+    // Asked for now, needed behind the products: it may come from far.
+    RowWeights weights = {};
+    if constexpr (kUse == Use::kGateUp || kUse == Use::kDownBackward)
+      weights = load_row_weights(p.call.row_weights, mine);
     // Zeroed rather than overwritten by the first product: else the last tile's sums stay alive and spill.
     float sums[128] = {};
     multiply_tile<kUse>(sums, ring, depth, half, lane);
-    store_result<kUse>(p, tile, sums, warp_rows(base, warp, lane, tile.top, height));
+    store_result<kUse>(p, tile, sums, mine, weights, ring, warp);
   }
   if (Traits<kUse>::kGradient && lane == 0) tma_store_wait_read<0>();
 }
@@ -250,14 +312,16 @@ M1_KERNEL(kThreads) grouped_kernel(M1_GRID_CONSTANT Parameters<Call> p) {
     prefetch_map(&p.right_map);
     init_ring(base);
   }
-  sync_block();
+  sync_pair();
   if (uniform(thread_index() / 128) == 0) {
     release_registers<Traits<kUse>::kLoadRegisters>();
-    if (thread_index() == 0) load_tiles<kUse>(p, base);
+    if (thread_index() == 0 && rank_in_pair() == 0) load_all<kUse>(p, base);
   } else {
     acquire_registers<Traits<kUse>::kMultiplyRegisters>();
     multiply_tiles<kUse>(p, base);
   }
+  // The second block may still give stages back to the first.
+  sync_pair();
 }
 
 constexpr int kSumThreads = 128;
@@ -282,10 +346,11 @@ int matrix_map(TensorMap* map, const void* address, int64_t columns, int64_t row
 
 template <Use kUse, typename Call>
 int launch_grouped(const Parameters<Call>& p) {
-  const int blocks = p.call.group.num_multiprocessors;
+  const int halved = p.call.group.num_multiprocessors / 2;
+  const int pairs = halved > 0 ? halved : 1;
   const int status = zero_device_memory(p.call.group.taken_tiles, 2 * sizeof(int32_t), p.call.group.stream);
   if (status != 0) return status;
-  return launch(grouped_kernel<kUse, Call>, blocks, kThreads, kSharedBytes, p.call.group.stream, p);
+  return launch_pairs(grouped_kernel<kUse, Call>, pairs, kThreads, kSharedBytes, p.call.group.stream, p);
 }
 
 }  // namespace

@@ -54,8 +54,9 @@ int m1_moe_permute(const M1MoeMove* call);
 int m1_moe_unpermute(const M1MoeMove* call);
 
 // Products over rows grouped by expert. All matrices bf16 with a contiguous last dim, bases and other strides
-// multiples of 16 bytes; rows_per_expert int64 [E] in device memory. num_multiprocessors sizes the persistent grid.
-// taken_tiles: two int32 in device memory, workspace: how many tiles of each queue blocks have asked for.
+// multiples of 16 bytes; rows_per_expert int64 [E] in device memory. num_multiprocessors sizes the persistent grid,
+// which has an even number of blocks, at least two.
+// taken_tiles: two int32 in device memory, workspace: how many pairs of tiles of each queue have been asked for.
 typedef struct M1Group {
   const int64_t* rows_per_expert;
   int32_t* taken_tiles;

@@ -73,7 +73,7 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def schedule_on(device: torch.device) -> tuple[int, torch.Tensor]:
-    """Persistent blocks and the counters by which they take tiles; the launches of one stream may share them."""
+    """Multiprocessors, and the counters by which blocks take tiles; launches of one stream may share them."""
     return _num_multiprocessors(device), torch.empty(2, dtype=torch.int32, device=device)
 
 

@@ -20,7 +20,7 @@ needs_nvcc = pytest.mark.skipif(
 
 # Tensor core and bulk copy instructions that the kernels of a name must hold in SASS, at least.
 EXPECTED_SASS = {
-    r"grouped_kernelILNS0_3UseE\d": {"HGMMA": 4, "UTMALDG": 6},
+    r"grouped_kernelILNS0_3UseE\d": {"HGMMA": 4, r"UTMALDG\.3D\.MULTICAST": 6},
     r"lightning_kernelILi128ELb.ELb1E": {"HGMMA": 24, "UTMALDG": 5, "UTMASTG": 1},
     r"lightning_kernelILi64ELb.ELb1E": {"HGMMA": 16, "UTMALDG": 3, "UTMASTG": 1},
     r"lightning_kernelILi\d+ELb.ELb0E": {"HGMMA": 4, "UTMALDG": 2},

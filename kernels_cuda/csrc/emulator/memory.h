@@ -1,7 +1,7 @@
 // Shared memory, mbarriers and the bulk copy engine of the emulator.
 // Shared memory starts as NaN. A load poisons its destination when issued and lands some rounds later; a store reads
 // its source when it is waited for. Ordinary writes that no fence has published are remembered, and refused to the
-// copy engine and to wgmma.
+// copy engine and to wgmma. A pair of blocks has two memories; an address with kPairBits names a place in either.
 #pragma once
 
 #include <stdint.h>
@@ -33,10 +33,12 @@ struct Barrier {
   uint64_t phase = 0;
 };
 
+// On its way into a shared memory: a box of a tensor, or 16 bytes that a thread of the pair sent.
 struct Copy {
   const TensorMap* map;
   uint32_t shared, barrier;
   int coordinates[3];
+  std::vector<uint8_t> sent;
   uint64_t due_round;
 };
 
@@ -67,15 +69,30 @@ struct Memory {
   uint64_t round = 0, random = 0;
 };
 
-inline Memory& memory() {
-  static Memory instance;
-  return instance;
+inline Memory& memory_of(int rank) {
+  static Memory instances[2];
+  return instances[rank];
 }
+inline Memory& memory() { return memory_of(own_rank()); }
 
 inline uint8_t* shared_at(uint32_t address, uint32_t bytes) {
   if (address % std::min(bytes, kUnitBytes) != 0 || uint64_t(address) + bytes > kSharedBytes)
     fail("shared address " + std::to_string(address) + " is misaligned or outside");
   return memory().shared + address;
+}
+
+// ---- the other block of a pair -------------------------------------------------------------------------------------
+constexpr uint32_t kPairBits = 24;
+
+inline uint32_t address_in(uint32_t address, uint32_t rank) { return address | (rank + 1) << kPairBits; }
+inline uint32_t own_part(uint32_t address) { return address & ((1u << kPairBits) - 1); }
+// Whose memory an address names; one without the bits is this block's own.
+inline int rank_at(uint32_t address) {
+  const uint32_t bits = address >> kPairBits;
+  const int rank = bits == 0 ? own_rank() : int(bits) - 1;
+  if (rank >= engine().num_threads / engine().block_threads) fail("an address in a block that does not run");
+  if (has_ended(rank)) fail("block " + std::to_string(rank) + " of the pair has ended");
+  return rank;
 }
 
 inline void note_write(uint32_t address, int first_thread, int threads) {
@@ -98,8 +115,8 @@ inline void check_published(uint32_t address, uint32_t bytes) {
 }
 
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
-inline Barrier& live_barrier(uint32_t address) {
-  Barrier& barrier = memory().barriers[address];
+inline Barrier& live_barrier(Memory& m, uint32_t address) {
+  Barrier& barrier = m.barriers[address];
   if (!barrier.live) fail("barrier at " + std::to_string(address) + " was never initialised");
   return barrier;
 }
@@ -108,8 +125,8 @@ inline void settle(Barrier& barrier) {
   barrier.pending = barrier.arrivals;
   ++barrier.phase;
 }
-inline void arrive(uint32_t address, int64_t expected_bytes) {
-  Barrier& barrier = live_barrier(address);
+inline void arrive(Memory& m, uint32_t address, int64_t expected_bytes) {
+  Barrier& barrier = live_barrier(m, address);
   barrier.bytes += expected_bytes;
   if (--barrier.pending < 0) fail("more arrivals than the barrier at " + std::to_string(address) + " expects");
   settle(barrier);
@@ -135,33 +152,59 @@ void visit_box(const TensorMap& map, const int (&at)[3], const Visit& visit) {
 }
 inline uint32_t box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.element_bytes; }
 
-inline void issue_copy(uint32_t shared, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
-  Memory& m = memory();
-  if (shared % 1024 != 0) fail("a swizzled copy lands on a misaligned tile");
-  live_barrier(barrier);
-  memset(shared_at(shared, box_bytes(*map)), 0xff, box_bytes(*map));
-  for (uint32_t unit = shared / kUnitBytes; unit < (shared + box_bytes(*map)) / kUnitBytes; ++unit) m.writer[unit] = 0;
+// Poisons what a copy will write, of which nobody may know anything until it has landed, and sends it off.
+inline void send(int rank, Copy copy, uint32_t bytes) {
+  Memory& m = memory_of(rank);
+  live_barrier(m, copy.barrier);
+  shared_at(copy.shared, bytes);
+  memset(m.shared + copy.shared, 0xff, bytes);
+  for (uint32_t unit = copy.shared / kUnitBytes; unit < (copy.shared + bytes) / kUnitBytes; ++unit) m.writer[unit] = 0;
   m.random = m.random * 6364136223846793005ull + 1442695040888963407ull;
-  m.copies.push_back({map, shared, barrier, {c0, c1, c2}, m.round + 1 + (m.random >> 40) % 5});
+  copy.due_round = m.round + 1 + (m.random >> 40) % 5;
+  m.copies.push_back(std::move(copy));
 }
-inline bool deliver_copies() {
-  Memory& m = memory();
-  ++m.round;
-  bool under_way = !m.copies.empty();
-  for (size_t i = 0; i < m.copies.size();) {
-    const Copy copy = m.copies[i];
-    if (copy.due_round > m.round) {
-      ++i;
-      continue;
-    }
-    m.copies.erase(m.copies.begin() + long(i));
+inline void issue_copy(int rank, uint32_t shared, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
+  if (shared % 1024 != 0) fail("a swizzled copy lands on a misaligned tile");
+  send(rank, {map, shared, barrier, {c0, c1, c2}, {}, 0}, box_bytes(*map));
+}
+inline void issue_message(uint32_t address, const void* bytes, uint32_t barrier) {
+  const int rank = rank_at(address);
+  if (rank != rank_at(barrier)) fail("a message and its barrier are in different blocks");
+  const uint8_t* first = static_cast<const uint8_t*>(bytes);
+  send(rank, {nullptr, own_part(address), own_part(barrier), {}, {first, first + kUnitBytes}, 0}, kUnitBytes);
+}
+
+inline void land(Memory& m, const Copy& copy) {
+  int64_t bytes = int64_t(copy.sent.size());
+  if (copy.map == nullptr) {
+    memcpy(m.shared + copy.shared, copy.sent.data(), copy.sent.size());
+  } else {
+    bytes = box_bytes(*copy.map);
     visit_box(*copy.map, copy.coordinates, [&](uint32_t offset, const uint8_t* outside) {
       if (outside != nullptr) memcpy(m.shared + copy.shared + offset, outside, copy.map->element_bytes);
       else memset(m.shared + copy.shared + offset, 0, copy.map->element_bytes);
     });
-    Barrier& barrier = live_barrier(copy.barrier);
-    barrier.bytes -= box_bytes(*copy.map);
-    settle(barrier);
+  }
+  Barrier& barrier = live_barrier(m, copy.barrier);
+  barrier.bytes -= bytes;
+  settle(barrier);
+}
+inline bool deliver_copies() {
+  bool under_way = false;
+  for (int rank = 0; rank < engine().num_threads / engine().block_threads; ++rank) {
+    Memory& m = memory_of(rank);
+    ++m.round;
+    under_way |= !m.copies.empty();
+    for (size_t i = 0; i < m.copies.size();) {
+      if (m.copies[i].due_round > m.round) {
+        ++i;
+        continue;
+      }
+      const Copy copy = m.copies[i];
+      m.copies.erase(m.copies.begin() + long(i));
+      if (has_ended(rank)) fail("a load lands in a block that has ended");
+      land(m, copy);
+    }
   }
   return under_way;
 }
@@ -199,22 +242,26 @@ inline void retire_stores(int pending_groups) {
   }
 }
 
-inline void reset_memory(int threads) {
-  Memory& m = memory();
-  memset(m.shared, 0xff, sizeof m.shared);
-  memset(m.writer, 0, sizeof m.writer);
-  m.writes.clear();
-  m.fences.assign(size_t(threads), 0);
-  m.barriers.clear();
-  m.copies.clear();
-  m.stores.clear();
-  m.store_groups.clear();
+inline void reset_memory(int blocks, int block_threads) {
+  for (int rank = 0; rank < blocks; ++rank) {
+    Memory& m = memory_of(rank);
+    memset(m.shared, 0xff, sizeof m.shared);
+    memset(m.writer, 0, sizeof m.writer);
+    m.writes.clear();
+    m.fences.assign(size_t(blocks * block_threads), 0);
+    m.barriers.clear();
+    m.copies.clear();
+    m.stores.clear();
+    m.store_groups.clear();
+  }
 }
 
 inline void check_block_end() {
-  for (const auto& [thread, stores] : memory().stores)
-    if (!stores.empty()) fail("the block ended while a store was reading its shared memory");
-  if (!memory().copies.empty()) fail("the block ended with a load under way");
+  for (int rank = 0; rank < engine().num_threads / engine().block_threads; ++rank) {
+    for (const auto& [thread, stores] : memory_of(rank).stores)
+      if (!stores.empty()) fail("the block ended while a store was reading its shared memory");
+    if (!memory_of(rank).copies.empty()) fail("the block ended with a load under way");
+  }
 }
 
 }  // namespace m1::emulator

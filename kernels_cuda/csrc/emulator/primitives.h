@@ -1,5 +1,5 @@
 // ptx.cuh and launch.cuh for a CPU: the same names with the same meaning, carried out by the emulator.
-// Not modelled: time, register limits, clusters, the caches. Those are for the device and its checkers.
+// Not modelled: time, register limits, the caches. Those are for the device and its checkers.
 #pragma once
 
 #include <math.h>
@@ -20,17 +20,21 @@ namespace m1 {
 namespace emu = emulator;
 
 // ---- threads -------------------------------------------------------------------------------------------------------
-inline uint32_t thread_index() { return uint32_t(emu::engine().current); }
-inline uint32_t block_index() { return emu::engine().block; }
+inline uint32_t thread_index() { return uint32_t(emu::engine().current % emu::engine().block_threads); }
+inline uint32_t block_index() { return emu::engine().first_block + uint32_t(emu::own_rank()); }
 inline uint32_t num_blocks() { return emu::engine().num_blocks; }
 inline int take_ticket(int32_t* counter) { return (*counter)++; }
 inline void sync_warp() {
   emu::meet(emu::own_warp(), emu::kWarpThreads, "sync_warp", [] {});
 }
 inline void sync_named(uint32_t id, uint32_t threads) {
-  emu::meet(emu::engine().named[id], int(threads), "sync_named", [] {});
+  emu::meet(emu::engine().named[emu::own_rank()][id], int(threads), "sync_named", [] {});
 }
-inline void sync_block() { sync_named(0, uint32_t(emu::engine().num_threads)); }
+inline void sync_block() { sync_named(0, uint32_t(emu::engine().block_threads)); }
+inline uint32_t rank_in_pair() { return uint32_t(emu::own_rank()); }
+inline void sync_pair() {
+  emu::meet(emu::engine().pair, emu::engine().num_threads, "sync_pair", [] {});
+}
 
 // What each lane brought to a warp-wide exchange, and what it takes away.
 struct Lane {
@@ -89,6 +93,7 @@ inline float high_bf16(uint32_t packed) { return emu::from_bf16(uint16_t(packed 
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 inline uint32_t shared_base() { return 0; }
+inline uint32_t in_block(uint32_t address, uint32_t rank) { return emu::address_in(address, rank); }
 inline void store_shared_zero16(uint32_t address) {
   memset(emu::shared_at(address, 16), 0, 16);
   emu::note_write(address, emu::engine().current, 1);
@@ -96,6 +101,11 @@ inline void store_shared_zero16(uint32_t address) {
 inline uint4 load_shared16(uint32_t address) {
   uint4 x;
   memcpy(&x, emu::shared_at(address, 16), 16);
+  return x;
+}
+inline uint32_t load_shared4(uint32_t address) {
+  uint32_t x;
+  memcpy(&x, emu::shared_at(address, 4), 4);
   return x;
 }
 inline void store_shared_float(uint32_t address, float value) {
@@ -162,19 +172,28 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   emu::memory().barriers[barrier] = {true, int(arrivals), int(arrivals), 0, 0};
 }
 inline void fence_barrier_init() {}
-inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emu::arrive(barrier, bytes); }
-inline void barrier_arrive(uint32_t barrier) { emu::arrive(barrier, 0); }
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emu::arrive(emu::memory(), barrier, bytes); }
+inline void barrier_arrive(uint32_t barrier) { emu::arrive(emu::memory(), barrier, 0); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  emu::live_barrier(barrier);
-  emu::wait_until("barrier_wait", [barrier, parity] {
-    return (emu::memory().barriers[barrier].phase & 1) != parity;
-  });
+  emu::Barrier& own = emu::live_barrier(emu::memory(), barrier);
+  emu::wait_until("barrier_wait", [&own, parity] { return (own.phase & 1) != parity; });
 }
+inline void barrier_expect_pair(uint32_t barrier, uint32_t bytes) {
+  emu::arrive(emu::memory_of(emu::rank_at(barrier)), emu::own_part(barrier), bytes);
+}
+inline void barrier_arrive_pair(uint32_t barrier) { barrier_expect_pair(barrier, 0); }
+inline void store_pair16(uint32_t address, uint4 x, uint32_t barrier) { emu::issue_message(address, &x, barrier); }
 
 // ---- the bulk copy engine ------------------------------------------------------------------------------------------
 inline void prefetch_map(const TensorMap*) {}
 inline void tma_load_3d(uint32_t destination, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
-  emu::issue_copy(destination, map, barrier, c0, c1, c2);
+  emu::issue_copy(emu::own_rank(), destination, map, barrier, c0, c1, c2);
+}
+inline void tma_load_pair_3d(uint32_t destination, const TensorMap* map, uint32_t barrier, uint16_t blocks, int c0,
+                             int c1, int c2) {
+  for (uint32_t rank = 0; rank < 16; ++rank)
+    if (blocks >> rank & 1)
+      emu::issue_copy(emu::rank_at(in_block(destination, rank)), destination, map, barrier, c0, c1, c2);
 }
 inline void tma_prefetch_3d(const TensorMap*, int, int, int) {}
 inline void tma_store_3d(const TensorMap* map, uint32_t source, int c0, int c1, int c2) {
@@ -233,20 +252,30 @@ inline int zero_device_memory(void* address, size_t bytes, void*) {
 }
 
 template <typename Parameters>
-int launch(void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void*, const Parameters& parameters) {
+int launch_together(int together, void (*kernel)(Parameters), int blocks, int threads, int shared_bytes,
+                    const Parameters& parameters) {
   emu::Engine& engine = emu::engine();
   engine.error.clear();
   engine.num_blocks = uint32_t(blocks);
   engine.deliver = emu::deliver_copies;
-  if (uint32_t(shared_bytes) > emu::kSharedBytes) return kEmulatorFailed;
-  for (int block = 0; block < blocks && engine.error.empty(); ++block) {
-    emu::reset_memory(threads);
-    emu::reset_groups(threads);
-    emu::run_block(uint32_t(block), threads, [&] { kernel(parameters); });
+  if (uint32_t(shared_bytes) > emu::kSharedBytes || blocks % together != 0) return kEmulatorFailed;
+  for (int block = 0; block < blocks && engine.error.empty(); block += together) {
+    emu::reset_memory(together, threads);
+    emu::reset_groups(together * threads);
+    emu::run_blocks(uint32_t(block), together, threads, [&] { kernel(parameters); });
     if (engine.error.empty()) emu::check_block_end();
     if (engine.error.empty()) emu::check_multiplies_done();
   }
   return engine.error.empty() ? 0 : kEmulatorFailed;
+}
+template <typename Parameters>
+int launch(void (*kernel)(Parameters), int blocks, int threads, int shared_bytes, void*, const Parameters& parameters) {
+  return launch_together(1, kernel, blocks, threads, shared_bytes, parameters);
+}
+template <typename Parameters>
+int launch_pairs(void (*kernel)(Parameters), int pairs, int threads, int shared_bytes, void*,
+                 const Parameters& parameters) {
+  return launch_together(2, kernel, 2 * pairs, threads, shared_bytes, parameters);
 }
 
 }  // namespace m1

@@ -24,7 +24,7 @@ FAULTS = {
         "wgmma_wait<1>();",
         "if (FAULT) wgmma_wait<2>(); else wgmma_wait<1>();",
     ),
-    "stages never given back": (GEMM, "if (lane == 0) barrier", "if (lane == 0 && !FAULT) barrier"),
+    "stages never given back": (TILES, "if (lane == 0) barrier", "if (lane == 0 && !FAULT) barrier"),
     "the loader does not wait for free stages": (
         GEMM,
         "barrier_wait(ring.empty(), ring.parity ^ 1);",
@@ -33,8 +33,8 @@ FAULTS = {
     "the loader waits for the other phase": (GEMM, "ring.parity ^ 1)", "ring.parity ^ (FAULT ? 0 : 1))"),
     "bytes of one box not awaited": (
         GEMM,
-        "kTileBytes : kStageBytes)",
-        "kTileBytes : kStageBytes - (FAULT ? kTileBytes : 0))",
+        "kTileBytes : kStageBytes;",
+        "kTileBytes : kStageBytes - (FAULT ? kTileBytes : 0);",
     ),
     "full stages not awaited": (
         GEMM,
@@ -44,13 +44,13 @@ FAULTS = {
     "no fence before the products": (GEMM, "wgmma_fence();", "if (!FAULT) wgmma_fence();"),
     "no tile announced": (
         GEMM,
-        "  store_shared16(ring.tile(), {",
-        "  if (!FAULT) store_shared16(ring.tile(), {",
+        "  store_pair16(there.tile(), {",
+        "  if (!FAULT) store_pair16(there.tile(), {",
     ),
     "a tile taken twice": (
         GEMM,
-        "const int next = take_ticket(taken);",
-        "const int next = take_ticket(taken) - FAULT;",
+        "    index = take_ticket(taken);",
+        "    index = take_ticket(taken) - FAULT;",
     ),
     "the first tile left out": (
         GEMM,
@@ -59,8 +59,13 @@ FAULTS = {
     ),
     "short tiles start where whole ones do": (
         TILES,
-        "Place{whole, local}",
-        "Place{FAULT ? 0 : whole, local}",
+        "Place{cut.stacked, 2 * index}",
+        "Place{FAULT ? 0 : cut.stacked, 2 * index}",
+    ),
+    "short tiles start where those side by side do": (
+        TILES,
+        "short_ones_ ? cut.beside * kTileHeight",
+        "short_ones_ && !FAULT ? cut.beside * kTileHeight",
     ),
     "the counter of an earlier launch": (
         GEMM,
@@ -74,8 +79,8 @@ FAULTS = {
     ),
     "an empty gradient never told of": (
         GEMM,
-        "if (depth == 0) {\n    barrier_arrive",
-        "if (depth == 0 && !FAULT) {\n    barrier_arrive",
+        "(depth > 0 ? bytes : 0)",
+        "(depth > 0 || FAULT ? bytes : 0)",
     ),
     "a gradient's box reused too early": (
         EPILOGUE,
@@ -139,25 +144,131 @@ FAULTS = {
         "(slope + silu * (1.0f - slope))",
         "(slope + (FAULT ? 0.0f : silu * (1.0f - slope)))",
     ),
+    "hidden gate and up in each other's place": (
+        GEMM,
+        "box / kLeftBoxes);",
+        "FAULT ? 1 - box / kLeftBoxes : box / kLeftBoxes);",
+    ),
+    "hidden of the upper half for both": (
+        EPILOGUE,
+        "warp / 4 * kTileBytes",
+        "(FAULT ? 0 : warp / 4) * kTileBytes",
+    ),
+    "hidden not awaited": (
+        EPILOGUE,
+        "if (pass % kPassesPerStage == 0) barrier",
+        "if (pass % kPassesPerStage == 0 && !FAULT) barrier",
+    ),
+    "hidden given back before it is read": (
+        EPILOGUE,
+        "== kPassesPerStage - 1)",
+        "== (FAULT ? 0 : kPassesPerStage - 1))",
+    ),
+    "hidden left in the ring by a skipped tile": (
+        GEMM,
+        "? kHiddenStages * kTileDepth",
+        "? (kHiddenStages - FAULT) * kTileDepth",
+    ),
     "shares of four lanes in one place": (
         EPILOGUE,
         "+ mine.lane % 4] = load",
         "+ (FAULT ? 0 : mine.lane % 4)] = load",
     ),
-    "a group's whole tiles skipped": (
+    "an expert's stacked pairs skipped": (
         TILES,
-        "const int row_tiles = kShort ? has_short(rows) : whole;",
-        "const int row_tiles = kShort ? has_short(rows) : FAULT ? 0 : whole;",
+        ": cut.stacked * column_tiles_ +",
+        ": (FAULT ? 0 : cut.stacked) * column_tiles_ +",
     ),
-    "second row of tiles skipped": (
+    "an expert's tiles side by side skipped": (
         TILES,
-        ": place_in_bands(local, row_tiles",
-        ": place_in_bands(FAULT ? local - local % row_tiles : local, row_tiles",
+        "+ cut.beside * twos",
+        "+ (FAULT ? 0 : cut.beside) * twos",
+    ),
+    "second row of pairs skipped": (
+        TILES,
+        "{first_row + rest % rows,",
+        "{first_row + (FAULT ? 0 : rest % rows),",
+    ),
+    "second column of two skipped": (TILES, "column + rest / rows}", "column + (FAULT ? 0 : rest / rows)}"),
+    "an odd last column taken for two": (
+        TILES,
+        "(column + 1 < column_tiles ? 2 : 1)",
+        "(column + 1 < column_tiles || FAULT ? 2 : 1)",
     ),
     "an expert's rows start one early": (
         TILES,
         "first_row_ += num_rows_;",
         "first_row_ += num_rows_ - (FAULT && num_rows_ > 0);",
+    ),
+    "the other block's memory used before it runs": (
+        GEMM,
+        "sync_pair();\n  if",
+        "if (FAULT) sync_block(); else sync_pair();\n  if",
+    ),
+    "the block that loads ends before the other is done": (
+        GEMM,
+        "sync_pair();\n}",
+        "if (!FAULT) sync_pair();\n}",
+    ),
+    "the other block's stage expects nothing": (
+        GEMM,
+        "barrier_expect_pair(ring",
+        "if (!FAULT) barrier_expect_pair(ring",
+    ),
+    "the words of a tile not awaited": (
+        GEMM,
+        "(k == 0 ? kTileWordsBytes : 0)",
+        "(k == 0 && !FAULT ? kTileWordsBytes : 0)",
+    ),
+    "the words of a tile told to the wrong block": (
+        GEMM,
+        "tile.num_rows), 0},\n                 there.full()",
+        "tile.num_rows), 0},\n                 FAULT ? ring.full() : there.full()",
+    ),
+    "the second block gives nothing back": (
+        TILES,
+        "void release_stage(const Ring& ring, int lane) {",
+        "void release_stage(const Ring& ring, int lane) { if (FAULT && rank_in_pair() == 1) return;",
+    ),
+    "stages given back to the block that does not load": (
+        TILES,
+        "ring.in(0).empty()",
+        "ring.in(FAULT ? rank_in_pair() : 0).empty()",
+    ),
+    "a stage free when half its readers are done": (
+        TILES,
+        "2 * kWarpsThatMultiply",
+        "(FAULT ? 1 : 2) * kWarpsThatMultiply",
+    ),
+    "shared rows sent to one block only": (
+        GEMM,
+        "load_left<kUse>(p, pair.first, ring, k, kBoth)",
+        "load_left<kUse>(p, pair.first, ring, k, FAULT ? 1 : kBoth)",
+    ),
+    "shared columns sent to one block only": (
+        GEMM,
+        "load_right<kUse>(p, pair.first, ring, k, kBoth)",
+        "load_right<kUse>(p, pair.first, ring, k, FAULT ? 1 : kBoth)",
+    ),
+    "own boxes sent to the other block": (
+        GEMM,
+        "ring, k, 1 << rank)",
+        "ring, k, 1 << (FAULT ? 1 - rank : rank))",
+    ),
+    "both blocks work on the upper tile's rows": (
+        GEMM,
+        "tile.first_row += rank *",
+        "tile.first_row += FAULT ? 0 : rank *",
+    ),
+    "both blocks work on the left tile's columns": (
+        GEMM,
+        "tile.left += rank *",
+        "tile.left += FAULT ? 0 : rank *",
+    ),
+    "a tile outside its matrix not skipped": (
+        GEMM,
+        "|| tile.left >= p.columns",
+        "|| (tile.left >= p.columns && !FAULT)",
     ),
 }
 

@@ -17,10 +17,10 @@ SHAPES = {
     "ragged": ([70, 0, 131, 1], 136, 72),
     "whole tiles": ([128, 256], 256, 256),
     "several column tiles": ([5, 64, 65], 328, 392),
-    "two rows of tiles": ([200, 3], 72, 72),
+    "pairs above and beside each other": ([460, 410], 72, 328),
     "one row": ([0, 0, 1], 64, 64),
     "empty ends": ([0, 129, 0], 72, 136),
-    "more than one band of tile rows": ([2180, 3], 72, 264),
+    "more than one band of pairs": ([2400, 3], 72, 264),
 }
 
 
@@ -180,7 +180,7 @@ def faulty(tmp_path_factory):
 
 def find_fault(kernels) -> str | None:
     """Return how the first wrong run shows, or None when all are right."""
-    for shape in ("ragged", "several column tiles", "two rows of tiles"):
+    for shape in ("ragged", "pairs above and beside each other", "several column tiles"):
         p = Problem(*SHAPES[shape])
         for name, run in RUNS.items():
             try:
