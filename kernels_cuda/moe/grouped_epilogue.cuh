@@ -227,7 +227,7 @@ M1_DEVICE void add_to_row_sum(const WarpRows& mine, int half, bool first, float 
 // The tile is dL/d(weighted activation); writes d_hidden, the weighted activation, and this lane's share of every
 // row's <d, activation> at partials[row][4 * column tile + lane % 4].
 M1_DEVICE void store_swiglu_gradient(const float (&values)[128], const WarpRows& mine, const RowWeights& weights,
-                                     const M1DownBackward& call, int left, Ring& ring, int warp) {
+                                     const M1DownBackward& call, int left, Ring ring, int warp) {
   const int width = call.ffn_width;
   uint16_t* d_hidden = static_cast<uint16_t*>(call.d_hidden) + int64_t(mine.first_row) * 2 * width + left;
   uint16_t* act = static_cast<uint16_t*>(call.act) + int64_t(mine.first_row) * width + left;

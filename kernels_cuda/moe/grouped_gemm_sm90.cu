@@ -104,6 +104,23 @@ M1_DEVICE void expect(const Ring& ring, uint32_t bytes) {
   barrier_expect_pair(ring.in(1).full(), bytes);
 }
 
+// The loading warp goes through its loops as one, with the same values in every lane, so that addresses are computed
+// in uniform registers; this lane speaks for it.
+M1_DEVICE bool speaks() { return thread_index() == 0; }
+
+// A lane that came late would take the stage's next lap for this one: all see it free before any goes on.
+M1_DEVICE void await_free_stage(const Ring& ring) {
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+  sync_warp();
+}
+
+M1_DEVICE TilePair uniform_pair(const TilePair& pair) {
+  const Tile& tile = pair.first;
+  return {{int(uniform(tile.expert)), int(uniform(tile.first_row)), int(uniform(tile.num_rows)),
+           int(uniform(tile.top)), int(uniform(tile.left))},
+          uniform(pair.side_by_side) != 0};
+}
+
 template <Use kUse, typename Call>
 M1_DEVICE void load_stage(const Parameters<Call>& p, const TilePair& pair, const Ring& ring, int k) {
   if (pair.side_by_side) {
@@ -133,7 +150,8 @@ M1_DEVICE void load_hidden_stages(const TensorMap* map, Ring& ring, const TilePa
   const int halves = upper_half_only<kUse>(pair.first) ? 1 : kLeftBoxes;
 #pragma unroll 1
   for (int stage = 0; stage < kHiddenStages; ++stage, ring.advance()) {
-    barrier_wait(ring.empty(), ring.parity ^ 1);
+    await_free_stage(ring);
+    if (!speaks()) continue;
     expect(ring, 2 * halves * kTileBytes);
     for (int rank = 0; rank < 2; ++rank) {
       const Tile tile = tile_of<kUse>(pair, rank);
@@ -153,10 +171,12 @@ M1_DEVICE void load_pair(const Parameters<Call>& p, Ring& ring, const TilePair& 
   // A gradient of no rows has a stage too, an empty one, that tells of the tile.
 #pragma unroll 1
   do {
-    barrier_wait(ring.empty(), ring.parity ^ 1);
-    expect(ring, (depth > 0 ? bytes : 0) + (k == 0 ? kTileWordsBytes : 0));
-    if (k == 0) announce<kUse>(ring, pair);
-    if (depth > 0) load_stage<kUse>(p, pair, ring, k);
+    await_free_stage(ring);
+    if (speaks()) {
+      expect(ring, (depth > 0 ? bytes : 0) + (k == 0 ? kTileWordsBytes : 0));
+      if (k == 0) announce<kUse>(ring, pair);
+      if (depth > 0) load_stage<kUse>(p, pair, ring, k);
+    }
     ring.advance();
   } while ((k += kTileDepth) < depth);
   if constexpr (kUse == Use::kDownBackward) load_hidden_stages<kUse>(&p.epilogue_map, ring, pair);
@@ -164,11 +184,12 @@ M1_DEVICE void load_pair(const Parameters<Call>& p, Ring& ring, const TilePair& 
 
 template <Use kUse, typename Call, typename Tiles>
 M1_DEVICE void load_queue(const Parameters<Call>& p, Ring& ring, Tiles tiles, int32_t* taken) {
-  int index = take_ticket(taken);
+  int index = uniform(speaks() ? take_ticket(taken) : 0);
   for (TilePair pair; tiles.find(index, pair);) {
     // Asked for now, needed when this pair's loads are out: the answer takes about a microsecond.
-    index = take_ticket(taken);
-    load_pair<kUse>(p, ring, pair);
+    const int next = speaks() ? take_ticket(taken) : 0;
+    load_pair<kUse>(p, ring, uniform_pair(pair));
+    index = uniform(next);
   }
 }
 
@@ -187,7 +208,8 @@ M1_DEVICE void load_all(const Parameters<Call>& p, uint32_t base) {
       load_queue<kUse>(p, ring, ProductTiles(group, short_ones, p.columns, Traits<kUse>::kColumnsPerTile),
                        group.taken_tiles + short_ones);
   }
-  barrier_wait(ring.empty(), ring.parity ^ 1);
+  await_free_stage(ring);
+  if (!speaks()) return;
   expect(ring, kTileWordsBytes);
   announce<kUse>(ring, {{kNoExpert, 0, 0, 0, 0}, false});
 }
@@ -251,7 +273,7 @@ M1_DEVICE void skip_tile(Ring& ring, int depth, int lane) {
 
 template <Use kUse, typename Call>
 M1_DEVICE void store_result(const Parameters<Call>& p, const Tile& tile, const float (&sums)[128],
-                            const WarpRows& mine, const RowWeights& weights, Ring& ring, int warp) {
+                            const WarpRows& mine, const RowWeights& weights, const Ring& ring, int warp) {
   if constexpr (kUse == Use::kGateUp) {
     store_swiglu(sums, mine, weights, p.call, tile.left);
   } else if constexpr (kUse == Use::kDownBackward) {
@@ -300,6 +322,9 @@ M1_DEVICE void multiply_tiles(const Parameters<Call>& p, uint32_t base) {
     float sums[128] = {};
     multiply_tile<kUse>(sums, ring, depth, half, lane);
     store_result<kUse>(p, tile, sums, mine, weights, ring, warp);
+    // Not by the epilogue: the ring would leave the uniform registers, and every product compute its addresses anew.
+    if (kUse == Use::kDownBackward)
+      for (int stage = 0; stage < kHiddenStages; ++stage) ring.advance();
   }
   if (Traits<kUse>::kGradient && lane == 0) tma_store_wait_read<0>();
 }
@@ -315,7 +340,7 @@ M1_KERNEL(kThreads) grouped_kernel(M1_GRID_CONSTANT Parameters<Call> p) {
   sync_pair();
   if (uniform(thread_index() / 128) == 0) {
     release_registers<Traits<kUse>::kLoadRegisters>();
-    if (thread_index() == 0 && rank_in_pair() == 0) load_all<kUse>(p, base);
+    if (uniform(thread_index() / 32) == 0 && rank_in_pair() == 0) load_all<kUse>(p, base);
   } else {
     acquire_registers<Traits<kUse>::kMultiplyRegisters>();
     multiply_tiles<kUse>(p, base);
@@ -406,7 +431,8 @@ extern "C" int m1_grouped_weight_gradient_sm90(const M1WeightGradient* call) {
   const m1::Element element = call->accumulate_fp32 ? m1::kFp32 : m1::kBf16;
   const uint64_t dims[3] = {uint64_t(call->right_columns), uint64_t(call->left_columns), uint64_t(group.num_experts)};
   const uint64_t strides_bytes[2] = {dims[0] * element, dims[0] * dims[1] * element};
-  status = m1::encode_map_3d(&p.epilogue_map, call->grad, dims, strides_bytes, {m1::kRowBytes / element, 16, 1}, element);
+  status = m1::encode_map_3d(&p.epilogue_map, call->grad, dims, strides_bytes, {m1::kRowBytes / element, 16, 1},
+                             element);
   if (status != 0) return status;
   return call->accumulate_fp32 ? m1::launch_grouped<m1::Use::kGradientFp32>(p)
                                : m1::launch_grouped<m1::Use::kGradientBf16>(p);

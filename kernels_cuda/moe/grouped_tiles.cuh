@@ -4,7 +4,7 @@
 // 64 rows each. Experts' rows are not padded: a tile that reaches into the next expert computes rows it never stores.
 //
 // Two blocks work as a pair (a cluster) on two tiles that have an operand in common: each of its boxes is read from the
-// second-level cache once and lands in both, which saves power, and power bounds the clock. One thread of the first
+// second-level cache once and lands in both, which saves power, and power bounds the clock. One warp of the first
 // block loads for both rings and tells each block its tile; see Ring.
 //
 // Pairs that share a weight tile must read it at about the same time, while it is in the second-level cache: once they
@@ -219,9 +219,9 @@ class GradientTiles {
 
 // Position in the ring of stages; goes on from tile to tile. Both blocks of a pair have one and go through the same
 // stages. `full` is each block's own: its boxes and, with a tile's first stage, the words that tell of the tile.
-// `empty` is the first block's: the 16 warps that multiply in both blocks give every stage back there, after their last look at
-// its boxes and words. Only then are they written again, in either block; and as a warp gives back what it saw full,
-// no box can land in a phase of `full` before the one that it is meant for.
+// `empty` is the first block's: the 16 warps that multiply in both blocks give every stage back there, after their last
+// look at its boxes and words. Only then are they written again, in either block; and as a warp gives back what it saw
+// full, no box can land in a phase of `full` before the one that it is meant for.
 struct Ring {
   uint32_t base;
   uint32_t stage = 0;

@@ -49,13 +49,13 @@ FAULTS = {
     ),
     "a tile taken twice": (
         GEMM,
-        "    index = take_ticket(taken);",
-        "    index = take_ticket(taken) - FAULT;",
+        "index = uniform(next);",
+        "index = uniform(next) - FAULT;",
     ),
     "the first tile left out": (
         GEMM,
-        "int index = take_ticket(taken);",
-        "int index = take_ticket(taken) + FAULT;",
+        "int index = uniform(speaks() ? take_ticket(taken) : 0);",
+        "int index = uniform(speaks() ? take_ticket(taken) : 0) + FAULT;",
     ),
     "short tiles start where whole ones do": (
         TILES,
@@ -209,6 +209,16 @@ FAULTS = {
         GEMM,
         "sync_pair();\n}",
         "if (!FAULT) sync_pair();\n}",
+    ),
+    "every lane of the loading warp speaks": (
+        GEMM,
+        "if (speaks()) {",
+        "if (speaks() || FAULT) {",
+    ),
+    "the ring behind hidden forgotten": (
+        GEMM,
+        "stage < kHiddenStages; ++stage) ring.advance();",
+        "stage < kHiddenStages - FAULT; ++stage) ring.advance();",
     ),
     "the other block's stage expects nothing": (
         GEMM,
