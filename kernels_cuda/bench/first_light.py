@@ -84,6 +84,7 @@ def main() -> int:
     if not build.load_library():
         print(f"no kernels: {build.why_not()}")
         return 1
+    arguments.out.mkdir(parents=True, exist_ok=True)
     report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     report["build_s"] = round(time.monotonic() - began, 1)
     checks = check(parts, arguments.out)
