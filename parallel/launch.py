@@ -174,6 +174,11 @@ def host_local_ranks(world_size: int) -> tuple[torch.distributed.TCPStore, dict[
     }
 
 
+def threads_per_rank(world_size: int, environment: Mapping[str, str]) -> str:
+    """OMP_NUM_THREADS of ranks that share this machine's cores: what the user asked for, else an equal share."""
+    return environment.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // world_size))
+
+
 def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float = 60.0) -> int:
     """Run `python -m megatron_m1 ARGUMENTS` once per rank on this machine; the exit code of the job.
 
@@ -182,8 +187,7 @@ def run_local_ranks(world_size: int, arguments: Sequence[str], *, grace_s: float
     """
     store, shared = host_local_ranks(world_size)
     if not torch.cuda.is_available():
-        cores = os.cpu_count() or 1
-        shared |= {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "GLOO_SOCKET_IFNAME": "lo"}
+        shared |= {"OMP_NUM_THREADS": threads_per_rank(world_size, os.environ), "GLOO_SOCKET_IFNAME": "lo"}
         # what parallel/cpu.py needs anyway: set before megatron-core is imported, it saves the import of a compiler
         shared["TORCHDYNAMO_DISABLE"] = "1"
     command = [sys.executable, "-m", "megatron_m1", *arguments]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.launch import job_ends_at_s, meeting_place, read_environment, run_local_ranks
+from parallel.launch import (
+    job_ends_at_s,
+    meeting_place,
+    read_environment,
+    run_local_ranks,
+    threads_per_rank,
+)
 
 
 def test_alone_is_rank_zero_of_one() -> None:
@@ -40,6 +46,12 @@ def test_a_broken_launcher_environment_is_named(broken: dict[str, str]) -> None:
 def test_the_first_failing_rank_ends_the_job_with_its_code() -> None:
     # an unknown command: every rank exits with typer's usage error, none is left behind
     assert run_local_ranks(2, ["no-such-command"], grace_s=5.0) == 2
+
+
+def test_local_ranks_share_the_cores_unless_the_user_says_how_many_threads(monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    assert [threads_per_rank(ranks, {}) for ranks in (1, 2, 16)] == ["9", "4", "1"]
+    assert threads_per_rank(2, {"OMP_NUM_THREADS": "3"}) == "3"
 
 
 def test_the_end_of_a_job_is_known_only_where_a_batch_system_says_it() -> None:
