@@ -206,12 +206,6 @@ M1_DEVICE void tma_load_pair_3d(uint32_t destination, const TensorMap* map, uint
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
       : "memory");
 }
-// Brings a box into the second-level cache, for ordinary loads that come a little later.
-M1_DEVICE void tma_prefetch_3d(const TensorMap* map, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(c0), "r"(c1),
-               "r"(c2)
-               : "memory");
-}
 M1_DEVICE void tma_store_3d(const TensorMap* map, uint32_t source, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
                "r"(source), "r"(c0), "r"(c1), "r"(c2)

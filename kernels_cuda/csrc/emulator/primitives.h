@@ -195,7 +195,6 @@ inline void tma_load_pair_3d(uint32_t destination, const TensorMap* map, uint32_
     if (blocks >> rank & 1)
       emu::issue_copy(emu::rank_at(in_block(destination, rank)), destination, map, barrier, c0, c1, c2);
 }
-inline void tma_prefetch_3d(const TensorMap*, int, int, int) {}
 inline void tma_store_3d(const TensorMap* map, uint32_t source, int c0, int c1, int c2) {
   emu::issue_store(map, source, c0, c1, c2, false);
 }
